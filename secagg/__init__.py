@@ -1,0 +1,76 @@
+"""secagg: secure aggregation for federated recommenders.
+
+Clients encrypt, a server adds what it cannot read, a key holder opens only the sum. The roles are
+`Encryptor`, `Aggregator` and `KeyHolder`; start from a plan (`plan_tensors`, `plan_integers`,
+`make_plan`). Names load when first used, so that importing a part never loads the cipher.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secagg.aggregator import Aggregate, Aggregator
+    from secagg.context import RoundContext
+    from secagg.encryptor import Encryptor
+    from secagg.errors import SecaggError
+    from secagg.keyholder import KeyHolder
+    from secagg.parameters import FloatSegment, IntegerSegment, Plan, TensorSpec
+    from secagg.planner import explain, make_plan, plan_integers, plan_tensors
+    from secagg.receipts import SigningKey
+    from secagg.release import Release
+    from secagg.sampling import Stream
+    from secagg.upload import Upload
+
+_HOME = {
+    "Aggregate": "aggregator",
+    "Aggregator": "aggregator",
+    "Encryptor": "encryptor",
+    "FloatSegment": "parameters",
+    "IntegerSegment": "parameters",
+    "KeyHolder": "keyholder",
+    "Plan": "parameters",
+    "Release": "release",
+    "RoundContext": "context",
+    "SecaggError": "errors",
+    "SigningKey": "receipts",
+    "Stream": "sampling",
+    "TensorSpec": "parameters",
+    "Upload": "upload",
+    "explain": "planner",
+    "make_plan": "planner",
+    "plan_integers": "planner",
+    "plan_tensors": "planner",
+}
+
+__all__ = [
+    "Aggregate",
+    "Aggregator",
+    "Encryptor",
+    "FloatSegment",
+    "IntegerSegment",
+    "KeyHolder",
+    "Plan",
+    "Release",
+    "RoundContext",
+    "SecaggError",
+    "SigningKey",
+    "Stream",
+    "TensorSpec",
+    "Upload",
+    "explain",
+    "make_plan",
+    "plan_integers",
+    "plan_tensors",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'secagg' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"secagg.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,103 @@
+"""The client's role: from an update to an upload that nobody can read alone.
+
+One seed encrypts one message, ever: the seed is derived from fresh randomness *and* the message, so
+that not even a cloned random generator can put two messages under one key. A retry sends the same
+bytes again; it never encrypts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from secagg import ckks
+from secagg.context import RoundContext
+from secagg.errors import SchemaError
+from secagg.onetime import errors, fresh_seed, secret
+from secagg.packing import pack
+from secagg.quantize import Contribution, Quantized, quantize
+from secagg.receipts import Receipt, SigningKey
+from secagg.residues import narrow
+from secagg.sampling import Stream
+from secagg.sealing import seal, seal_info
+from secagg.upload import Admission, Upload
+
+__all__ = ["Encryptor", "encrypt_quantized"]
+
+
+class Encryptor:
+    """Encrypts one client's contribution to one round.
+
+    Args:
+        context: the round, as the server announced it.
+        identity: the client's signing key; a new one when omitted.
+        rounding: source of the stochastic rounding; the operating system when omitted. A seeded
+            stream makes a run repeatable and is for demos and tests only.
+    """
+
+    def __init__(
+        self,
+        context: RoundContext,
+        identity: SigningKey | None = None,
+        rounding: Stream | None = None,
+    ) -> None:
+        self._context = context
+        self._identity = identity or SigningKey.generate()
+        self._rounding = rounding or Stream.from_os()
+
+    def encrypt(self, contribution: Contribution, *, samples: int = 1) -> Upload:
+        """Encrypt the contribution to a plan of one segment.
+
+        Args:
+            contribution: what the segment describes.
+            samples: examples behind it; ignored unless the plan weighs by samples.
+
+        Raises:
+            SchemaError: the plan has several segments, or names or shapes differ.
+            NonFiniteError, InputError: see `quantize`.
+        """
+        segments = self._context.plan.segments
+        if len(segments) != 1:
+            raise SchemaError(
+                f"expected a plan of one segment; this one has {[s.name for s in segments]}; "
+                "use encrypt_segments"
+            )
+        return self.encrypt_segments({segments[0].name: contribution}, samples=samples)
+
+    def encrypt_segments(
+        self, contributions: Mapping[str, Contribution], *, samples: int = 1
+    ) -> Upload:
+        """Encrypt one contribution for each segment of the plan, by segment name.
+
+        Raises:
+            SchemaError, NonFiniteError, InputError: see `quantize`.
+        """
+        quantized = quantize(
+            self._context.plan,
+            contributions,
+            samples=samples,
+            rotation=self._context.rotation,
+            rounding=self._rounding,
+        )
+        return encrypt_quantized(self._context, quantized, self._identity)
+
+
+def encrypt_quantized(
+    context: RoundContext, quantized: Sequence[Quantized], identity: SigningKey
+) -> Upload:
+    """Encrypt, seal and sign integers that are already quantised."""
+    seed = fresh_seed(context.id.digest, (part.values for part in quantized))
+    coefficients = errors(seed, context.plan.blocks)
+    for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):
+        coefficients[blocks] += pack(layout, part.values)
+    key = ckks.to_ntt(secret(seed)[None])[0]
+    payload = narrow(ckks.encrypt(coefficients, context.public_polynomials(), key))
+    return _signed(context, payload, seed, identity)
+
+
+def _signed(context: RoundContext, payload: bytes, seed: bytes, identity: SigningKey) -> Upload:
+    upload_digest = hashlib.sha256(payload).digest()
+    info = seal_info(context.id.digest, identity.public, upload_digest)
+    sealed = seal(seed, context.round_key, info)
+    receipt = Receipt.sign(identity, context.id, upload_digest, sealed)
+    return Upload(Admission(receipt, sealed), payload)

@@ -1,0 +1,196 @@
+"""Every error this project raises on purpose, in one tree.
+
+::
+
+    SecaggError
+    ├── ConfigurationError        a setting that can never work             CONFIGURATION
+    │   └── PlanError             no exact plan exists for the request      IMPOSSIBLE_PLAN
+    ├── InputError                the caller's own data cannot be used      INVALID_INPUT
+    │   ├── NonFiniteError        NaN or infinity in an update              NON_FINITE
+    │   └── SchemaError           tensor names or shapes differ             SCHEMA_MISMATCH
+    ├── UploadError (soft: one upload is refused, the round goes on)
+    │   ├── MalformedError        bytes of the wrong size or range          MALFORMED
+    │   ├── ContextError          made for another task, round, plan, model CONTEXT_MISMATCH
+    │   ├── ReceiptError          the signature does not cover the upload   INVALID_RECEIPT
+    │   ├── SealError             the sealed seed cannot be opened          INVALID_SEAL
+    │   └── DuplicateError        a second, different upload of one client  DUPLICATE_UPLOAD
+    └── RoundError (hard: this round ends without a result)
+        ├── NotReadyError         not yet: ask again later                  NOT_READY
+        ├── ClosedError           never again: the round has moved on       ROUND_CLOSED
+        ├── QuorumError           fewer clients than the plan's minimum     QUORUM_NOT_REACHED
+        ├── ReleaseError          the sum does not open under the manifest  RELEASE_REFUSED
+        └── UnavailableError      the other party cannot be reached         UNAVAILABLE
+
+The last column is the ``reason`` that travels on the wire. Each message says what was expected,
+what came, and what to do; none carries a secret, a plaintext value or a client's identity.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "ClosedError",
+    "ConfigurationError",
+    "ContextError",
+    "DuplicateError",
+    "InputError",
+    "MalformedError",
+    "NonFiniteError",
+    "NotReadyError",
+    "PlanError",
+    "QuorumError",
+    "ReceiptError",
+    "ReleaseError",
+    "RoundError",
+    "SchemaError",
+    "SealError",
+    "SecaggError",
+    "UnavailableError",
+    "UploadError",
+    "by_reason",
+]
+
+
+class SecaggError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        reason: stable UPPER_SNAKE code; the wire's ``ErrorInfo.reason``.
+        status: name of the gRPC status code that carries it.
+        exit_code: what a command line ends with (sysexits.h numbers).
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+    status: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 70
+
+
+class ConfigurationError(SecaggError):
+    """A setting, or a combination of settings, that can never work."""
+
+    reason = "CONFIGURATION"
+    status = "INVALID_ARGUMENT"
+    exit_code = 78
+
+
+class PlanError(ConfigurationError):
+    """No exact plan exists for what was asked; the message names what would work."""
+
+    reason = "IMPOSSIBLE_PLAN"
+
+
+class InputError(SecaggError):
+    """The caller's own data cannot be encrypted as it is; nothing has left the process."""
+
+    reason = "INVALID_INPUT"
+    status = "INVALID_ARGUMENT"
+    exit_code = 65
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity in an update; the message names the tensor and the index."""
+
+    reason = "NON_FINITE"
+
+
+class SchemaError(InputError):
+    """Tensor names, shapes or lengths differ from the plan's."""
+
+    reason = "SCHEMA_MISMATCH"
+
+
+class UploadError(SecaggError):
+    """One upload is refused; the round goes on without it."""
+
+    reason = "UPLOAD_REFUSED"
+    status = "INVALID_ARGUMENT"
+    exit_code = 65
+
+
+class MalformedError(UploadError):
+    """Bytes whose size or range is not the one the plan prescribes."""
+
+    reason = "MALFORMED"
+
+
+class ContextError(UploadError):
+    """Made for another task, round, attempt, plan, model or round key."""
+
+    reason = "CONTEXT_MISMATCH"
+    status = "FAILED_PRECONDITION"
+
+
+class ReceiptError(UploadError):
+    """The receipt's signature does not cover what it came with."""
+
+    reason = "INVALID_RECEIPT"
+    status = "PERMISSION_DENIED"
+    exit_code = 77
+
+
+class SealError(UploadError):
+    """The sealed seed does not open under the round key and this receipt's context."""
+
+    reason = "INVALID_SEAL"
+
+
+class DuplicateError(UploadError):
+    """A second, different upload from a client that has already contributed to the round."""
+
+    reason = "DUPLICATE_UPLOAD"
+    status = "ALREADY_EXISTS"
+
+
+class RoundError(SecaggError):
+    """The round, or the request within it, ends without a result."""
+
+    reason = "ROUND_FAILED"
+    status = "FAILED_PRECONDITION"
+    exit_code = 69
+
+
+class NotReadyError(RoundError):
+    """Not yet: the same call may succeed later."""
+
+    reason = "NOT_READY"
+    status = "UNAVAILABLE"
+    exit_code = 75
+
+
+class ClosedError(RoundError):
+    """Never again: the round, task or call has moved on."""
+
+    reason = "ROUND_CLOSED"
+
+
+class QuorumError(RoundError):
+    """Fewer distinct accepted clients than the plan's minimum."""
+
+    reason = "QUORUM_NOT_REACHED"
+
+
+class ReleaseError(RoundError):
+    """The sum does not open under the keys of its manifest, or leaves the planned range."""
+
+    reason = "RELEASE_REFUSED"
+    status = "DATA_LOSS"
+
+
+class UnavailableError(RoundError):
+    """The other party cannot be reached, within the time allowed for trying."""
+
+    reason = "UNAVAILABLE"
+    status = "UNAVAILABLE"
+
+
+def _tree(root: type[SecaggError]) -> dict[str, type[SecaggError]]:
+    found = {root.reason: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def by_reason(reason: str) -> type[SecaggError]:
+    """The class whose ``reason`` this is; `SecaggError` for a reason this version does not know."""
+    return _tree(SecaggError).get(reason, SecaggError)

@@ -1,0 +1,166 @@
+"""The key holder's role: open the sum over a signed list of clients, once, and nothing else.
+
+Neither the key of a sum nor its noise ever leaves this module: a release is exact integers
+(publishing a CKKS decryption as floats hands out the key: Li and Micciancio, eprint 2020/1533).
+The secrets are erased as soon as the round is released or abandoned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secagg import ckks
+from secagg.aggregator import Aggregate
+from secagg.context import NO_MODEL, RoundContext
+from secagg.errors import ClosedError, DuplicateError, QuorumError, ReleaseError, SealError
+from secagg.onetime import secret
+from secagg.packing import unpack
+from secagg.parameters import MODULUS, RING_DEGREE, Plan
+from secagg.release import Release
+from secagg.sealing import SEED_BYTES, RoundKeyPair, seal_info
+from secagg.transcript import digest
+from secagg.upload import Admission
+
+__all__ = ["KeyHolder"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    upload_digest: bytes
+    seed: bytes = field(repr=False)
+
+
+class KeyHolder:
+    """Holds the secrets of one attempt at one round.
+
+    Args:
+        plan: what is summed.
+        task_id, round_number, attempt, model_digest: see `ContextId`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        task_id: str = "task",
+        round_number: int = 1,
+        attempt: int = 1,
+        model_digest: bytes = NO_MODEL,
+    ) -> None:
+        self._pair: RoundKeyPair | None = RoundKeyPair()
+        self._opened: dict[bytes, _Opened] = {}
+        self._released: tuple[bytes, Release] | None = None
+        self.context = RoundContext.create(
+            plan,
+            self._pair.public,
+            task_id=task_id,
+            round_number=round_number,
+            attempt=attempt,
+            model_digest=model_digest,
+        )
+
+    def admit(self, admission: Admission) -> None:
+        """Check a receipt and open its seed; admitting the same upload again changes nothing.
+
+        Raises:
+            ContextError, ReceiptError: see `Receipt.verify`.
+            SealError: the seed does not open, or is somebody else's.
+            DuplicateError: another upload of this client has been admitted.
+            ClosedError: the round is over.
+        """
+        admission.verify(self.context)
+        receipt = admission.receipt
+        known = self._opened.get(receipt.client_key)
+        if known is not None and known.upload_digest == receipt.upload_digest:
+            return
+        if known is not None:
+            raise DuplicateError("expected one upload a client and round; got a second one")
+        self._opened[receipt.client_key] = _Opened(receipt.upload_digest, self._open(admission))
+
+    def _open(self, admission: Admission) -> bytes:
+        if self._pair is None:
+            raise ClosedError("expected an open round; this one is released or abandoned")
+        receipt = admission.receipt
+        info = seal_info(self.context.id.digest, receipt.client_key, receipt.upload_digest)
+        seed = self._pair.open(admission.sealed_seed, info)
+        if len(seed) != SEED_BYTES:
+            raise SealError(f"expected a seed of {SEED_BYTES} bytes; got bytes={len(seed)}")
+        if any(seed == other.seed for other in self._opened.values()):
+            raise SealError("expected a seed of its own for each client; this one is taken")
+        return seed
+
+    def release(self, aggregate: Aggregate) -> Release:
+        """Open the sum over exactly the uploads of its manifest.
+
+        The first release of a round is final: the same manifest gets the same answer again, any
+        other one is refused.
+
+        Raises:
+            QuorumError: fewer distinct clients than the plan's minimum.
+            ClosedError: more than its maximum, or another manifest has been released.
+            ReleaseError: the residues are not the sum of these uploads.
+            ContextError, ReceiptError, SealError, DuplicateError: see :meth:`admit`.
+        """
+        name = _manifest_digest(aggregate)
+        if self._released is not None:
+            if self._released[0] != name:
+                raise ClosedError("expected the manifest already released; one release a round")
+            return self._released[1]
+        for admission in aggregate.manifest:
+            self.admit(admission)
+        clients = self._check_cohort(aggregate)
+        release = Release(self.context, len(clients), self._open_sum(clients, aggregate.residues))
+        self._released = (name, release)
+        self.close()
+        return release
+
+    def _check_cohort(self, aggregate: Aggregate) -> set[bytes]:
+        plan = self.context.plan
+        clients = {admission.receipt.client_key for admission in aggregate.manifest}
+        if len(clients) != len(aggregate.manifest):
+            raise DuplicateError("expected each client once in a manifest; one is repeated")
+        if len(clients) < plan.min_clients:
+            raise QuorumError(
+                f"expected at least min_clients={plan.min_clients} distinct clients; got "
+                f"{len(clients)}; the sum stays closed"
+            )
+        if len(clients) > plan.max_clients:
+            raise ClosedError(
+                f"expected at most max_clients={plan.max_clients} clients; got {len(clients)}"
+            )
+        return clients
+
+    def _open_sum(
+        self, clients: set[bytes], residues: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], ...]:
+        plan = self.context.plan
+        if residues.shape != (plan.blocks, RING_DEGREE) or residues.max() >= MODULUS:
+            raise ReleaseError(
+                f"expected {plan.blocks} summed polynomials of residues below q; got "
+                f"shape={residues.shape}"
+            )
+        key = np.zeros((1, RING_DEGREE), dtype=np.int64)
+        for client in clients:
+            key += secret(self._opened[client].seed)
+        noisy = ckks.decrypt(residues, self.context.public_polynomials(), ckks.to_ntt(key)[0])
+        return tuple(unpack(layout, noisy[blocks]) for _, layout, blocks in plan.block_ranges())
+
+    def close(self) -> None:
+        """Forget the round key and every seed; what was released can still be read again."""
+        self._pair = None
+        self._opened.clear()
+
+    def __repr__(self) -> str:
+        return f"KeyHolder({self.context.id.task_id!r}, round {self.context.id.round_number})"
+
+
+def _manifest_digest(aggregate: Aggregate) -> bytes:
+    """Name of a manifest and its residues, whatever the order of the receipts."""
+    signed = sorted(
+        admission.receipt.client_key + admission.receipt.upload_digest
+        for admission in aggregate.manifest
+    )
+    return digest("manifest", *signed, aggregate.residues.tobytes())

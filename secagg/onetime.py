@@ -1,0 +1,44 @@
+"""The one-time key: a 32-byte seed and everything a client or the key holder expands from it.
+
+Separate labels give the secret polynomial and the errors streams of their own; the key holder
+expands the first and never needs the second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from secagg.parameters import RING_DEGREE
+from secagg.sampling import Stream, centred_binomial, ternary
+from secagg.sealing import SEED_BYTES
+from secagg.transcript import digest, encode
+
+__all__ = ["errors", "fresh_seed", "secret"]
+
+
+def fresh_seed(context_digest: bytes, message: Iterable[NDArray[np.int64]]) -> bytes:
+    """A seed for exactly one message: HKDF (RFC 5869) of fresh bytes, salted with the message.
+
+    Even a generator that repeats its output (a cloned virtual machine) gives different messages
+    different keys.
+    """
+    salt = digest("message", context_digest, *(part.tobytes() for part in message))
+    kdf = HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=encode("one-time seed"))
+    return kdf.derive(os.urandom(SEED_BYTES))
+
+
+def secret(seed: bytes) -> NDArray[np.int64]:
+    """The ternary secret polynomial of a seed: int64 (4096,) in {-1, 0, 1}."""
+    return ternary(Stream.derive("key", seed))
+
+
+def errors(seed: bytes, blocks: int) -> NDArray[np.int64]:
+    """The error polynomials of a seed: int64 (blocks, 4096) in [-21, 21]."""
+    drawn = centred_binomial(Stream.derive("errors", seed), blocks * RING_DEGREE)
+    return drawn.reshape(blocks, RING_DEGREE)

@@ -1,0 +1,75 @@
+"""Integers to polynomial coefficients and back, with the two checks that make a sum trustworthy.
+
+Several integers share one coefficient as balanced digits above a grid (see `Layout`). Unpacking a
+sum separates noise from grid and digits from one another, and refuses whatever honest clients
+cannot have produced: noise beyond the guard, a digit beyond the honest range, a value in a
+padding slot. Must never report *how far* off a sum was: that is a statistic of secrets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secagg.errors import ReleaseError
+from secagg.parameters import RING_DEGREE, Layout
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place integers into coefficients.
+
+    Args:
+        values: int64 of shape (layout.values,), magnitudes of at most ``layout.max_abs``.
+
+    Returns:
+        int64 of shape (layout.blocks, 4096), multiples of 2**shift.
+    """
+    slots = np.zeros(layout.blocks * layout.digits * RING_DEGREE, dtype=np.int64)
+    slots[: values.size] = values
+    digits = slots.reshape(layout.blocks, layout.digits, RING_DEGREE)
+    coefficients = digits[:, -1, :].copy()
+    for index in reversed(range(layout.digits - 1)):
+        coefficients *= layout.base
+        coefficients += digits[:, index, :]
+    coefficients <<= layout.shift
+    return coefficients
+
+
+def unpack(layout: Layout, coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Recover the exact sum of packed integers from noisy coefficients.
+
+    Args:
+        coefficients: int64 of shape (layout.blocks, 4096), centred modulo q.
+
+    Returns:
+        int64 of shape (layout.values,).
+
+    Raises:
+        ReleaseError: the coefficients are not a sum of honest uploads under the right keys.
+    """
+    grid = (coefficients + (1 << (layout.shift - 1))) >> layout.shift
+    if np.abs(coefficients - (grid << layout.shift)).max() > layout.guard:
+        raise ReleaseError(
+            "expected every coefficient of the sum on the grid; got noise beyond the guard: an "
+            "upload is missing, repeated, foreign or damaged; abort and collect the round again"
+        )
+    values = _balanced_digits(layout, grid).reshape(-1)
+    if np.abs(values).max() > layout.sum_abs or values[layout.values :].any():
+        raise ReleaseError(
+            "expected every summed value within the planned range and padding of zero; got one "
+            "beyond: a client did not follow the plan; abort and collect the round again"
+        )
+    return values[: layout.values]
+
+
+def _balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int64]:
+    digits = np.empty((layout.blocks, layout.digits, RING_DEGREE), dtype=np.int64)
+    half = layout.base // 2
+    for index in range(layout.digits - 1):
+        carried, low = np.divmod(grid + half, layout.base)
+        digits[:, index, :] = low - half
+        grid = carried
+    digits[:, -1, :] = grid
+    return digits

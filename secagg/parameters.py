@@ -1,0 +1,356 @@
+"""What a round computes on: the ring, the segments of an upload, and the checked plan.
+
+A `Plan` is what everybody agrees on before anything is encrypted; its digest is part of every
+message. Users describe *segments* (what is summed, how precisely) and a cohort; `planner` derives
+the rest (grid, digit base, digits) or refuses. Nothing here touches the cipher or any secret.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from secagg.errors import PlanError
+from secagg.transcript import digest
+
+__all__ = [
+    "BLOCK_BYTES",
+    "CHUNK_BLOCKS",
+    "CHUNK_BYTES",
+    "MIN_COHORT",
+    "MODULUS",
+    "RESIDUE_BYTES",
+    "RING_DEGREE",
+    "FloatSegment",
+    "IntegerSegment",
+    "Layout",
+    "Plan",
+    "Segment",
+    "TensorSpec",
+    "Weighting",
+    "check_ring",
+]
+
+RING_DEGREE = 4096
+"""N: the ring is Z_q[X] / (X**4096 + 1)."""
+
+MODULUS = 72_057_594_021_150_721
+"""q = 2**56 - 2**24 + 1: prime, and 1 modulo 2N, so that an NTT of length N exists."""
+
+RESIDUE_BYTES = 7
+"""Bytes of one residue modulo q on the wire."""
+
+BLOCK_BYTES = RING_DEGREE * RESIDUE_BYTES
+"""Bytes of one polynomial on the wire: 28 672."""
+
+CHUNK_BLOCKS = 32
+"""Polynomials in one upload message."""
+
+CHUNK_BYTES = CHUNK_BLOCKS * BLOCK_BYTES
+"""Bytes of one full upload message: 917 504, well under gRPC's default limit of 4 MiB."""
+
+MIN_COHORT = 3
+"""Hard floor of `Plan.min_clients`: a sum of two is no secret from either of them."""
+
+MAX_COHORT = 1_000_000
+MAX_SEGMENTS = 16
+MAX_VALUES = 1 << 28
+
+# log2 q that still gives 256 bits of classical security against the known lattice attacks, with
+# ternary secrets, per ring degree: Bossuat et al., "Security Guidelines for Implementing
+# Homomorphic Encryption" (eprint 2024/463), its parameter tables. One row: one preset is enough.
+SECURITY_BITS = 256
+_LARGEST_MODULUS_BITS = {4096: 56}
+
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+_ROTATION_LIMIT = RING_DEGREE
+
+# Rotated coordinates are close to Gaussian; a range of 4 standard deviations saturates 6 in
+# 100 000 of an update that uses its whole clip norm, and none of a smaller one.
+RANGE_STDS = 4.0
+
+Weighting = str
+"""``"equal"`` (every client counts once) or ``"samples"`` (by a bounded, encrypted weight)."""
+
+_WEIGHTINGS = ("equal", "samples")
+
+
+def check_ring(degree: int, modulus: int) -> None:
+    """Refuse a ring below the security level that the documentation claims.
+
+    Raises:
+        PlanError: the degree has no row in the table, or the modulus has too many bits for it.
+    """
+    limit = _LARGEST_MODULUS_BITS.get(degree)
+    if limit is None:
+        raise PlanError(f"expected a ring degree in {sorted(_LARGEST_MODULUS_BITS)}; got {degree=}")
+    if modulus.bit_length() > limit:
+        raise PlanError(
+            f"expected a modulus of at most {limit} bits at {degree=} for {SECURITY_BITS}-bit "
+            f"classical security; got bits={modulus.bit_length()}; use a smaller prime"
+        )
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise PlanError(
+            f"expected a {kind} name of 1 to 128 letters, digits, '_', '.', '/' or '-'; got {name=}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name and shape of one tensor; a scalar has the empty shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_name("tensor", self.name)
+        if any(side < 1 for side in self.shape):
+            raise PlanError(f"expected positive sides; tensor {self.name!r} has {self.shape=}")
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class FloatSegment:
+    """A model update: named float32 tensors, clipped, weighted, rotated and rounded together.
+
+    Tensors are flattened in the order of this tuple, which is sorted by name (the one canonical
+    flattening), so that many small layers cost no more than one large one.
+
+    Attributes:
+        name: the segment's name, unique in its plan.
+        tensors: what is summed; sorted by name on construction.
+        clip: L2 norm, in model units, to which a larger update is scaled down.
+        bits: of one quantised coordinate, 2 to 16; it lies in [-(2**(bits-1)-1), 2**(bits-1)-1].
+        weighting: ``"equal"``, or ``"samples"`` for the weight min(samples, cap) / cap in (0, 1],
+            which is encrypted with the update and never sent in clear.
+        weight_cap: samples beyond which a client gains no more weight; 1 when equal.
+    """
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    clip: float
+    bits: int = 8
+    weighting: Weighting = "equal"
+    weight_cap: int = 1
+
+    def __post_init__(self) -> None:
+        _check_name("segment", self.name)
+        object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: t.name)))
+        names = [tensor.name for tensor in self.tensors]
+        if not names or len(set(names)) != len(names):
+            raise PlanError(f"expected one or more distinctly named tensors; got {names=}")
+        if not (math.isfinite(self.clip) and self.clip > 0):
+            raise PlanError(f"expected a finite clip norm above 0; got clip={self.clip}")
+        if not 2 <= self.bits <= 16:
+            raise PlanError(f"expected 2 to 16 bits per value; got bits={self.bits}")
+        if self.weighting not in _WEIGHTINGS:
+            raise PlanError(f"expected weighting in {_WEIGHTINGS}; got {self.weighting!r}")
+        if not 1 <= self.weight_cap < 2**53 or (self.weighting == "equal" and self.weight_cap != 1):
+            raise PlanError(
+                "expected weight_cap of 1 or more samples, and exactly 1 with equal weights; got "
+                f"weight_cap={self.weight_cap}, weighting={self.weighting!r}"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Number of model parameters."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether an encrypted weight travels with the update."""
+        return self.weighting == "samples"
+
+    @cached_property
+    def rotation_length(self) -> int:
+        """L: length of one rotation block, a power of two of at most 4096."""
+        wanted = self.parameters + self.weighted
+        return min(_ROTATION_LIMIT, 1 << (wanted - 1).bit_length())
+
+    @property
+    def rotation_payload(self) -> int:
+        """Update coordinates in one rotation block: L, less one where a weight travels along."""
+        return self.rotation_length - self.weighted
+
+    @property
+    def rotations(self) -> int:
+        """J: number of rotation blocks."""
+        return -(-self.parameters // self.rotation_payload)
+
+    @property
+    def values(self) -> int:
+        """Integers that are packed and encrypted: J * L."""
+        return self.rotations * self.rotation_length
+
+    @property
+    def max_abs(self) -> int:
+        """V: largest magnitude of one honest integer."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def norm_bound(self) -> float:
+        """L2 norm, in model units, of an honest update with its weight coordinates."""
+        return self.clip * math.sqrt(2.0) if self.weighted else self.clip
+
+    @property
+    def step(self) -> float:
+        """Size of one quantisation step in model units.
+
+        The range is that of a Gaussian of the bound's energy, but never wider than the bound: no
+        coordinate of a short vector can exceed the vector's norm.
+        """
+        spread = min(1.0, RANGE_STDS / math.sqrt(self.values))
+        return spread * self.norm_bound / self.max_abs
+
+
+@dataclass(frozen=True)
+class IntegerSegment:
+    """Raw integers that are summed exactly: counts, histograms, Gram matrices, a clip bit.
+
+    Attributes:
+        name: the segment's name, unique in its plan.
+        size: how many integers.
+        max_abs: V, the largest magnitude one client may contribute to one entry.
+    """
+
+    name: str
+    size: int
+    max_abs: int
+
+    def __post_init__(self) -> None:
+        _check_name("segment", self.name)
+        if self.size < 1 or self.max_abs < 1:
+            raise PlanError(
+                f"expected size and max_abs of 1 or more; segment {self.name!r} has "
+                f"size={self.size}, max_abs={self.max_abs}"
+            )
+
+    @property
+    def values(self) -> int:
+        """Integers that are packed and encrypted."""
+        return self.size
+
+
+Segment = FloatSegment | IntegerSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the integers of one segment lie in polynomial coefficients; made by the planner.
+
+    A coefficient is ``2**shift * sum(base**d * v_d)``: ``digits`` integers in balanced base
+    ``base``, on the grid of multiples of ``2**shift``. Digit d of block j, coefficient k, is value
+    ``(j * digits + d) * 4096 + k``; slots past ``values`` are zero.
+
+    Attributes:
+        values: integers in the segment.
+        max_abs: V, magnitude of one client's integer.
+        sum_abs: R = max_clients * V, magnitude of a summed integer.
+        base: B >= 4R + 2, so that a digit beyond R is recognised instead of carried.
+        digits: integers in one coefficient.
+        shift: s, log2 of the grid.
+        guard: G, the largest noise of a sum, up to the plan's failure probability; 2**s > 2G.
+    """
+
+    values: int
+    max_abs: int
+    sum_abs: int
+    base: int
+    digits: int
+    shift: int
+    guard: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of polynomials."""
+        return -(-self.values // (self.digits * RING_DEGREE))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that client, server and key holder must agree on before a round.
+
+    Made by :func:`secagg.planner.make_plan`; the layouts are always derived, never received.
+
+    Attributes:
+        segments: what an upload consists of, in order.
+        layouts: one for each segment.
+        min_clients: fewest distinct clients whose sum may be opened; 3 or more.
+        max_clients: most clients whose sum is guaranteed exact.
+    """
+
+    segments: tuple[Segment, ...]
+    layouts: tuple[Layout, ...] = field(repr=False)
+    min_clients: int
+    max_clients: int
+
+    @property
+    def blocks(self) -> int:
+        """Polynomials in one upload, over all segments."""
+        return sum(layout.blocks for layout in self.layouts)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Exact ciphertext bytes of one upload."""
+        return self.blocks * BLOCK_BYTES
+
+    @property
+    def chunks(self) -> int:
+        """Upload messages that carry the payload."""
+        return -(-self.blocks // CHUNK_BLOCKS)
+
+    def chunk_blocks(self, index: int) -> int:
+        """Polynomials in chunk ``index``; only the last one may be shorter."""
+        if not 0 <= index < self.chunks:
+            raise PlanError(f"expected a chunk index below {self.chunks}; got {index=}")
+        return min(CHUNK_BLOCKS, self.blocks - index * CHUNK_BLOCKS)
+
+    def block_ranges(self) -> Iterable[tuple[Segment, Layout, slice]]:
+        """Each segment with its layout and its blocks' place in the upload."""
+        start = 0
+        for segment, layout in zip(self.segments, self.layouts, strict=True):
+            yield segment, layout, slice(start, start + layout.blocks)
+            start += layout.blocks
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over ring, cohort, segments and derived layouts; 32 bytes."""
+        return digest("plan", json.dumps(self._canonical(), sort_keys=True, separators=(",", ":")))
+
+    def _canonical(self) -> dict[str, object]:
+        return {
+            "degree": RING_DEGREE,
+            "modulus": str(MODULUS),
+            "min_clients": self.min_clients,
+            "max_clients": self.max_clients,
+            "segments": [_canonical_segment(segment) for segment in self.segments],
+            "layouts": [
+                [lay.values, lay.max_abs, lay.base, lay.digits, lay.shift, lay.guard]
+                for lay in self.layouts
+            ],
+        }
+
+
+def _canonical_segment(segment: Segment) -> dict[str, object]:
+    if isinstance(segment, IntegerSegment):
+        return {"name": segment.name, "size": segment.size, "max_abs": str(segment.max_abs)}
+    return {
+        "name": segment.name,
+        "tensors": [[tensor.name, list(tensor.shape)] for tensor in segment.tensors],
+        # Hexadecimal: exact, and the same on every platform.
+        "clip": float(segment.clip).hex(),
+        "bits": segment.bits,
+        "weighting": segment.weighting,
+        "weight_cap": segment.weight_cap,
+    }

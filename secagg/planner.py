@@ -1,0 +1,272 @@
+"""From a wish (cohort, bits, parameters) to a plan whose sum is exact, or a refusal that says why.
+
+The derivation, for n clients whose honest integers are at most V (see docs/cipher.md):
+
+* R = n V bounds every digit of the sum, and B = 4R + 2 leaves a recognisable margin around it.
+* The noise of a sum is strictly sub-Gaussian with variance 10.5 n per coefficient, so with
+  c = sqrt(2 ln 2 (41 + log2 #coefficients)) no coefficient leaves G = c * 3.24 * sqrt(n) but with
+  probability below 2**-40; nor can it ever leave 21 n.
+* The grid 2**s > 2G separates values from noise.
+* d digits fit when 2**s B**(d-1) (4R + 2) <= q and 2**s R (B**d - 1)/(B - 1) + 2**(s-1) < q/2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from secagg.errors import PlanError
+from secagg.parameters import (
+    BLOCK_BYTES,
+    MAX_COHORT,
+    MAX_SEGMENTS,
+    MAX_VALUES,
+    MIN_COHORT,
+    MODULUS,
+    RING_DEGREE,
+    SECURITY_BITS,
+    FloatSegment,
+    IntegerSegment,
+    Layout,
+    Plan,
+    Segment,
+    TensorSpec,
+    Weighting,
+    check_ring,
+)
+from secagg.sampling import CBD_BITS, ERROR_STD
+
+__all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
+
+FAILURE_BITS = 40
+"""An honest sum is refused for noise with probability below 2**-40."""
+
+
+def make_plan(
+    segments: Sequence[Segment], *, max_clients: int, min_clients: int = MIN_COHORT
+) -> Plan:
+    """Derive the layout of every segment.
+
+    Args:
+        segments: 1 to 16 uniquely named segments.
+        max_clients: largest cohort whose sum must be exact.
+        min_clients: smallest cohort whose sum may be opened, at least 3.
+
+    Raises:
+        PlanError: no exact plan exists; the message names the limit and what would work.
+    """
+    check_ring(RING_DEGREE, MODULUS)
+    _check_cohort(min_clients, max_clients)
+    _check_segments(segments)
+    guard = _guard(max_clients, sum(segment.values for segment in segments))
+    layouts = tuple(_layout(segment, max_clients, guard) for segment in segments)
+    return Plan(tuple(segments), layouts, min_clients, max_clients)
+
+
+def plan_tensors(
+    tensors: Mapping[str, tuple[int, ...]] | int,
+    *,
+    max_clients: int,
+    clip: float,
+    bits: int = 8,
+    min_clients: int = MIN_COHORT,
+    weighting: Weighting = "equal",
+    weight_cap: int = 1,
+) -> Plan:
+    """A plan with one float segment called ``update``.
+
+    Args:
+        tensors: shapes by name, or a number for a single flat vector called ``vector``.
+        max_clients, min_clients: see :func:`make_plan`.
+        clip, bits, weighting, weight_cap: see `FloatSegment`.
+
+    Raises:
+        PlanError: no exact plan exists.
+    """
+    shapes = {"vector": (tensors,)} if isinstance(tensors, int) else tensors
+    specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in shapes.items())
+    segment = FloatSegment("update", specs, clip, bits, weighting, weight_cap)
+    return make_plan([segment], max_clients=max_clients, min_clients=min_clients)
+
+
+def plan_integers(
+    size: int, *, max_clients: int, max_abs: int, min_clients: int = MIN_COHORT
+) -> Plan:
+    """A plan with one integer segment called ``counts``.
+
+    Raises:
+        PlanError: no exact plan exists.
+    """
+    segment = IntegerSegment("counts", size, max_abs)
+    return make_plan([segment], max_clients=max_clients, min_clients=min_clients)
+
+
+def _check_cohort(min_clients: int, max_clients: int) -> None:
+    if min_clients < MIN_COHORT:
+        raise PlanError(
+            f"expected min_clients of {MIN_COHORT} or more, below which a sum protects nobody; "
+            f"got {min_clients=}"
+        )
+    if not min_clients <= max_clients <= MAX_COHORT:
+        raise PlanError(
+            f"expected max_clients from min_clients={min_clients} to {MAX_COHORT}; "
+            f"got {max_clients=}"
+        )
+
+
+def _check_segments(segments: Sequence[Segment]) -> None:
+    names = [segment.name for segment in segments]
+    if not 1 <= len(names) <= MAX_SEGMENTS or len(set(names)) != len(names):
+        raise PlanError(f"expected 1 to {MAX_SEGMENTS} distinctly named segments; got {names=}")
+    values = sum(segment.values for segment in segments)
+    if values > MAX_VALUES:
+        raise PlanError(
+            f"expected at most {MAX_VALUES} values in one upload; got {values=}; split the "
+            "vector into several tasks"
+        )
+
+
+def _guard(clients: int, values: int) -> int:
+    """G: smallest safe bound on the summed noise, in units of the plaintext."""
+    # Coefficients are at most as many as values, plus a block of padding a segment: values are an
+    # upper bound once rounded up to whole blocks.
+    coefficients = -(-values // RING_DEGREE) * RING_DEGREE + MAX_SEGMENTS * RING_DEGREE
+    c = math.sqrt(2 * math.log(2) * (FAILURE_BITS + 1 + math.log2(coefficients)))
+    return min(math.ceil(c * ERROR_STD * math.sqrt(clients)), CBD_BITS * clients)
+
+
+def _layout(segment: Segment, clients: int, guard: int) -> Layout:
+    sum_abs = clients * segment.max_abs
+    base = 4 * sum_abs + 2
+    shift = (2 * guard).bit_length()
+    digits = _most_digits(base, sum_abs, shift)
+    if digits < 1:
+        raise PlanError(_refusal(segment, clients, shift))
+    return Layout(segment.values, segment.max_abs, sum_abs, base, digits, shift, guard)
+
+
+def _most_digits(base: int, sum_abs: int, shift: int) -> int:
+    digits = 0
+    while _fits(base, sum_abs, shift, digits + 1):
+        digits += 1
+    return digits
+
+
+def _fits(base: int, sum_abs: int, shift: int, digits: int) -> bool:
+    grid = 1 << shift
+    power = int(base ** (digits - 1))
+    top = grid * power * (4 * sum_abs + 2) <= MODULUS
+    span = 2 * grid * sum_abs * ((power * base - 1) // (base - 1)) + grid < MODULUS
+    return top and span
+
+
+def _refusal(segment: Segment, clients: int, shift: int) -> str:
+    room = (MODULUS >> shift) // 4 - 1
+    if isinstance(segment, IntegerSegment):
+        remedy = f"max_abs={room // clients}" if room >= clients else "fewer clients"
+    else:
+        remedy = f"fewer bits, or max_clients={room // segment.max_abs}"
+    return (
+        f"segment {segment.name!r}: the sum of {clients} clients with values up to "
+        f"{segment.max_abs} needs {(4 * clients * segment.max_abs + 2).bit_length()} bits above a "
+        f"grid of {shift}, but the modulus has {MODULUS.bit_length()}; {remedy} would work"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One line of a plan's explanation."""
+
+    topic: str
+    value: str
+    reason: str
+
+
+def explain(plan: Plan) -> list[Fact]:
+    """The plan in words, line by line, for people; programs read the plan itself."""
+    parameters = sum(_inputs(segment) for segment in plan.segments)
+    first = plan.layouts[0]
+    rows = [
+        Fact(
+            "cohort",
+            f"{plan.min_clients} to {plan.max_clients} clients",
+            "fewer are never opened; more could wrap",
+        ),
+        Fact("ring", f"Z_q[X]/(X^{RING_DEGREE} + 1)", "polynomials of 4096 integer coefficients"),
+        Fact(
+            "modulus",
+            f"q = {MODULUS} ({MODULUS.bit_length()} bits)",
+            "one prime: no key switching, 7 bytes a coefficient",
+        ),
+        Fact(
+            "security",
+            f"{SECURITY_BITS}-bit classical",
+            "ternary secrets, in the model of the tables of eprint 2024/463",
+        ),
+        Fact(
+            "noise",
+            f"at most {first.guard} in a sum",
+            f"errors CBD({CBD_BITS}), variance {CBD_BITS / 2}, summed over the largest cohort",
+        ),
+        Fact("grid", f"2^{first.shift} = {1 << first.shift}", "more than twice the noise"),
+        Fact("failure", f"below 2^-{FAILURE_BITS}", "that noise alone makes an honest sum refuse"),
+    ]
+    for segment, layout in zip(plan.segments, plan.layouts, strict=True):
+        rows += _explain_segment(segment, layout)
+    rows += [
+        Fact("ciphertexts", f"{plan.blocks} polynomials", "one each: the other half is public"),
+        Fact(
+            "upload",
+            f"{plan.payload_bytes} bytes",
+            f"{plan.payload_bytes / parameters:.3f} a parameter (float32: 4), "
+            f"{plan.chunks} messages",
+        ),
+    ]
+    return rows
+
+
+def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
+    name = segment.name
+    used = _used_bits(layout)
+    rows = [
+        Fact(
+            f"{name}: range",
+            f"±{layout.max_abs} a client, ±{layout.sum_abs} in the sum",
+            "R = clients times V",
+        ),
+        Fact(
+            f"{name}: digits",
+            f"{layout.digits} in base {layout.base} a coefficient",
+            "B = 4R + 2: a digit out of range shows instead of carrying",
+        ),
+        Fact(
+            f"{name}: headroom",
+            f"{MODULUS.bit_length() - 1 - used:.2f} of {MODULUS.bit_length() - 1} bits unused",
+            f"half of q, less {used:.2f} bits",
+        ),
+        Fact(
+            f"{name}: blocks",
+            f"{layout.blocks}",
+            f"{BLOCK_BYTES} bytes each, for {segment.values} values",
+        ),
+    ]
+    if isinstance(segment, FloatSegment):
+        rows.insert(
+            0,
+            Fact(
+                f"{name}: quantiser",
+                f"{segment.bits} bits, clip {segment.clip:g}",
+                f"rotation in blocks of {segment.rotation_length}, step {segment.step:.3g}",
+            ),
+        )
+    return rows
+
+
+def _used_bits(layout: Layout) -> float:
+    span = layout.sum_abs * (layout.base**layout.digits - 1) // (layout.base - 1)
+    return math.log2((span << layout.shift) + (1 << (layout.shift - 1)))
+
+
+def _inputs(segment: Segment) -> int:
+    return segment.parameters if isinstance(segment, FloatSegment) else segment.size

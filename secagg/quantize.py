@@ -1,0 +1,319 @@
+"""Updates to integers and back: clip, weigh, permute, rotate, round, and the inverse.
+
+A float update becomes integers in six public, deterministic steps and one random one (stochastic
+rounding). The rotation (Suresh et al. 2017, "Distributed Mean Estimation with Limited
+Communication"; Kairouz et al. 2021) spreads an update's energy over all coordinates, so that one
+step size fits them all. Nothing here knows the cipher: the same code computes the reference sums
+in the clear. Read `packing` next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from secagg.errors import InputError, NonFiniteError, SchemaError
+from secagg.parameters import FloatSegment, IntegerSegment, Plan, Segment
+from secagg.sampling import Stream, signs
+
+__all__ = [
+    "Contribution",
+    "Quantized",
+    "dequantize_integers",
+    "dequantize_update",
+    "flatten",
+    "quantize",
+    "quantize_integers",
+    "quantize_update",
+    "unflatten",
+]
+
+Update = Mapping[str, ArrayLike]
+
+Contribution = ArrayLike | Mapping[str, ArrayLike]
+"""A float vector, float tensors by name, or a vector of integers, as the segment wants it."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_ROWS_PER_PASS = 16  # rotation blocks that fit into a level-2 cache as float32
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """One segment's integers, ready to be packed.
+
+    Attributes:
+        values: int64 of shape (segment.values,), magnitudes of at most ``segment.max_abs``.
+        clipped: whether the update's norm exceeded the clip norm.
+        saturated: coordinates that were cut to the range; a handful is harmless, many mean that
+            the update sits on few coordinates.
+    """
+
+    values: NDArray[np.int64] = field(repr=False)
+    clipped: bool = False
+    saturated: int = 0
+
+
+def quantize(
+    plan: Plan,
+    contributions: Mapping[str, Contribution],
+    *,
+    samples: int,
+    rotation: bytes,
+    rounding: Stream,
+) -> list[Quantized]:
+    """The integers of every segment, in the plan's order.
+
+    Args:
+        contributions: one for each segment, by segment name.
+        samples, rotation, rounding: see :func:`quantize_update`.
+
+    Raises:
+        SchemaError: segments, tensor names or shapes are not the plan's.
+        NonFiniteError: NaN or infinity; names the tensor and the index.
+        InputError: an integer beyond its planned range, or samples below 1.
+    """
+    expected = [segment.name for segment in plan.segments]
+    if set(contributions) != set(expected):
+        raise SchemaError(
+            f"expected contributions to segments {expected}; got {sorted(contributions)}"
+        )
+    return [
+        _quantize_segment(segment, contributions[segment.name], samples, rotation, rounding)
+        for segment in plan.segments
+    ]
+
+
+def _quantize_segment(
+    segment: Segment, value: Contribution, samples: int, rotation: bytes, rounding: Stream
+) -> Quantized:
+    if isinstance(segment, FloatSegment):
+        update = value if isinstance(value, Mapping) else _single_tensor(segment, value)
+        return quantize_update(
+            segment, update, samples=samples, rotation=rotation, rounding=rounding
+        )
+    if isinstance(value, Mapping):
+        raise SchemaError(f"segment {segment.name!r}: expected one vector of integers; got a dict")
+    return quantize_integers(segment, value, rotation=rotation)
+
+
+def _single_tensor(segment: FloatSegment, value: ArrayLike) -> dict[str, ArrayLike]:
+    if len(segment.tensors) != 1:
+        raise SchemaError(
+            f"segment {segment.name!r}: expected tensors by name, "
+            f"{[tensor.name for tensor in segment.tensors]}; got a single array"
+        )
+    return {segment.tensors[0].name: value}
+
+
+def flatten(segment: FloatSegment, update: Update) -> NDArray[np.float32]:
+    """The canonical flattening: tensors by name, each in C order, as float32.
+
+    Raises:
+        SchemaError: names or shapes are not the segment's.
+        NonFiniteError: a value is NaN or infinite; names the tensor and the index.
+    """
+    expected = {tensor.name: tensor.shape for tensor in segment.tensors}
+    if update.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - update.keys()), sorted(update.keys() - expected)
+        raise SchemaError(
+            f"segment {segment.name!r}: expected tensors {sorted(expected)}; "
+            f"got {missing=}, unexpected={extra}; rename or plan anew"
+        )
+    return np.concatenate([_flat(t.name, t.shape, update[t.name]) for t in segment.tensors])
+
+
+def _flat(name: str, shape: tuple[int, ...], value: ArrayLike) -> NDArray[np.float32]:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"tensor {name!r}: expected numbers; {error}") from None
+    if array.shape != shape:
+        raise SchemaError(
+            f"tensor {name!r}: expected shape={shape}; got shape={array.shape}; reshape it or "
+            "plan anew"
+        )
+    if not np.isfinite(array).all():
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise NonFiniteError(
+            f"tensor {name!r}: expected finite float32 values; {index=} is NaN or infinite; skip "
+            "this update or lower the learning rate"
+        )
+    return array.reshape(-1)
+
+
+def unflatten(segment: FloatSegment, vector: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Inverse of :func:`flatten`: float64 tensors by name."""
+    tensors, start = {}, 0
+    for tensor in segment.tensors:
+        tensors[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)
+        start += tensor.size
+    return tensors
+
+
+def quantize_update(
+    segment: FloatSegment, update: Update, *, samples: int, rotation: bytes, rounding: Stream
+) -> Quantized:
+    """Clip, weigh, permute, rotate and round one client's update.
+
+    Args:
+        segment: the plan's description of it.
+        update: float tensors by name, in model units.
+        samples: examples it was trained on, 1 or more; sets the weight, ignored when equal.
+        rotation: public string of the round, which fixes the random signs.
+        rounding: secret randomness of the stochastic rounding, one fresh stream an update.
+
+    Raises:
+        InputError: samples below 1.
+        SchemaError, NonFiniteError: see :func:`flatten`.
+    """
+    vector = flatten(segment, update)
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    clipped = norm > segment.clip
+    weight = _weight(segment, samples)
+    scale = weight * (segment.clip / norm if clipped else 1.0) / segment.step
+    blocks = _spread(segment, vector, scale, weight)
+    _flip_signs(blocks, rotation, segment)
+    _rotate(blocks)
+    return _round(segment, blocks.reshape(-1), clipped, rounding)
+
+
+def _weight(segment: FloatSegment, samples: int) -> float:
+    if samples < 1:
+        raise InputError(f"expected an update trained on 1 or more samples; got {samples=}")
+    return min(samples, segment.weight_cap) / segment.weight_cap if segment.weighted else 1.0
+
+
+def _weight_coordinate(segment: FloatSegment) -> float:
+    """What a weight of 1 adds to each rotation block, so that they have norm ``clip`` together."""
+    return segment.clip / math.sqrt(segment.rotations)
+
+
+@lru_cache(maxsize=8)
+def _order(segment: FloatSegment) -> NDArray[np.intp]:
+    """Slot of each parameter: a golden-ratio stride, which parts neighbours and every short period.
+
+    Rows of an item table, or one column of it, thus spread evenly over the rotation blocks.
+    """
+    slots = segment.rotations * segment.rotation_payload
+    stride = max(1, round(slots * _GOLDEN))
+    while math.gcd(stride, slots) != 1:
+        stride += 1
+    return np.arange(segment.parameters, dtype=np.intp) * stride % slots
+
+
+def _spread(
+    segment: FloatSegment, vector: NDArray[np.float32], scale: float, weight: float
+) -> NDArray[np.float32]:
+    """Lay the scaled update, and the weight in each block's last place, out in rotation blocks."""
+    flat = np.zeros(segment.rotations * segment.rotation_payload, dtype=np.float32)
+    flat[_order(segment)] = vector * np.float32(scale)
+    if not segment.weighted:
+        return flat.reshape(segment.rotations, -1)
+    coordinate = np.float32(weight * _weight_coordinate(segment) / segment.step)
+    column = np.full((segment.rotations, 1), coordinate, dtype=np.float32)
+    return np.concatenate([flat.reshape(segment.rotations, -1), column], axis=1)
+
+
+def _flip_signs(
+    blocks: NDArray[np.float32] | NDArray[np.float64],
+    rotation: bytes,
+    segment: FloatSegment,
+) -> None:
+    drawn = signs(Stream.derive("rotation", rotation, segment.name), segment.values)
+    np.multiply(blocks, drawn.reshape(blocks.shape), out=blocks, casting="same_kind")
+
+
+def _rotate(blocks: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    """Orthonormal Walsh-Hadamard transform of each row, in place; it is its own inverse.
+
+    Additions in a fixed order, so that every machine rounds alike.
+    """
+    for start in range(0, blocks.shape[0], _ROWS_PER_PASS):
+        _butterflies(blocks[start : start + _ROWS_PER_PASS])
+    blocks *= blocks.dtype.type(1.0 / math.sqrt(blocks.shape[1]))
+
+
+def _butterflies(rows: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    half = 1
+    while half < rows.shape[1]:
+        pairs = rows.reshape(rows.shape[0], -1, 2, half)
+        left, right = pairs[:, :, 0, :], pairs[:, :, 1, :]
+        difference = left - right
+        left += right
+        right[...] = difference
+        half *= 2
+
+
+def _round(
+    segment: FloatSegment, steps: NDArray[np.float32], clipped: bool, rounding: Stream
+) -> Quantized:
+    """Stochastic rounding, unbiased: floor(x + u) with u uniform in [0, 1)."""
+    limit = segment.max_abs
+    saturated = int(np.count_nonzero(np.abs(steps) > limit))
+    bounded = np.clip(steps, -limit, limit).astype(np.float64)
+    bounded += rounding.uint32(steps.size) * 2.0**-32
+    return Quantized(np.floor(bounded).astype(np.int64), clipped, saturated)
+
+
+def quantize_integers(segment: IntegerSegment, values: ArrayLike, *, rotation: bytes) -> Quantized:
+    """Check raw integers and give each its public random sign.
+
+    The signs keep sums of equal values (all counts one, say) from lining up in every coefficient.
+
+    Raises:
+        SchemaError: not a vector of ``segment.size`` integers.
+        InputError: a magnitude above ``segment.max_abs``; names the index.
+    """
+    array = np.asarray(values)
+    if array.shape != (segment.size,) or array.dtype.kind not in "iu":
+        raise SchemaError(
+            f"segment {segment.name!r}: expected integers of shape=({segment.size},); got "
+            f"shape={array.shape}, dtype={array.dtype}; convert or plan anew"
+        )
+    beyond = (array > segment.max_abs) | (array < -segment.max_abs)
+    if beyond.any():
+        raise InputError(
+            f"segment {segment.name!r}: expected magnitudes of at most {segment.max_abs}; "
+            f"index={int(np.argmax(beyond))} is larger; cap it or plan a larger max_abs"
+        )
+    return Quantized(array.astype(np.int64) * _integer_signs(segment, rotation))
+
+
+def _integer_signs(segment: IntegerSegment, rotation: bytes) -> NDArray[np.int64]:
+    return signs(Stream.derive("rotation", rotation, segment.name), segment.size).astype(np.int64)
+
+
+def dequantize_integers(
+    segment: IntegerSegment, total: NDArray[np.int64], *, rotation: bytes
+) -> NDArray[np.int64]:
+    """The exact sum of what the clients passed to :func:`quantize_integers`."""
+    return total * _integer_signs(segment, rotation)
+
+
+def dequantize_update(
+    segment: FloatSegment, total: NDArray[np.int64], *, rotation: bytes
+) -> tuple[dict[str, NDArray[np.float64]], float]:
+    """From the exact integer sum to the weighted sum of the clipped updates.
+
+    Args:
+        total: int64 of shape (segment.values,).
+        rotation: the round's public string.
+
+    Returns:
+        The sum of w_i u_i as float64 tensors by name, in model units, and the sum of the weights
+        w_i: nan when equal, where it is the number of contributors.
+    """
+    blocks = total.astype(np.float64).reshape(segment.rotations, segment.rotation_length)
+    blocks *= segment.step
+    _rotate(blocks)
+    _flip_signs(blocks, rotation, segment)
+    payload = blocks[:, : segment.rotation_payload].reshape(-1)
+    weight = math.nan
+    if segment.weighted:
+        weight = float(blocks[:, -1].mean()) / _weight_coordinate(segment)
+    return unflatten(segment, payload[_order(segment)]), weight

@@ -1,0 +1,112 @@
+"""What leaves the key holder: exact integer sums, and how to read them as models or counts.
+
+Reading a release takes no secret: server, clients and auditors all can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secagg.context import RoundContext
+from secagg.errors import ReleaseError, SchemaError
+from secagg.parameters import FloatSegment, IntegerSegment
+from secagg.quantize import dequantize_integers, dequantize_update
+
+__all__ = ["Release", "sums_sha256"]
+
+_S = TypeVar("_S", FloatSegment, IntegerSegment)
+
+
+def sums_sha256(sums: tuple[NDArray[np.int64], ...]) -> str:
+    """SHA-256, in hexadecimal, of the sums as little-endian int64 in the plan's order."""
+    running = hashlib.sha256()
+    for part in sums:
+        running.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
+    return running.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The opened sum of one round.
+
+    Attributes:
+        context: the round.
+        contributors: distinct clients in the sum.
+        sums: int64 of shape (segment.values,) for each segment: exactly the sum of the clients'
+            integers, still rotated or signed.
+    """
+
+    context: RoundContext
+    contributors: int
+    sums: tuple[NDArray[np.int64], ...] = field(repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the exact sums."""
+        return sums_sha256(self.sums)
+
+    def mean(self, name: str | None = None) -> dict[str, NDArray[np.float64]]:
+        """The weighted mean update of a float segment, in model units, by tensor name.
+
+        Args:
+            name: the segment; may be omitted when there is only one of the kind.
+
+        Raises:
+            SchemaError: no such float segment.
+            ReleaseError: the summed weight is impossible; a client did not follow the plan.
+        """
+        segment, total = self._segment(FloatSegment, name)
+        tensors, weight = dequantize_update(segment, total, rotation=self.context.rotation)
+        divisor = self._checked_weight(segment, weight)
+        return {key: value / divisor for key, value in tensors.items()}
+
+    def weight(self, name: str | None = None) -> float:
+        """Sum of the weights, each in (0, 1]; the number of contributors when equal.
+
+        Raises:
+            SchemaError, ReleaseError: see :meth:`mean`.
+        """
+        segment, total = self._segment(FloatSegment, name)
+        _, weight = dequantize_update(segment, total, rotation=self.context.rotation)
+        return self._checked_weight(segment, weight)
+
+    def _checked_weight(self, segment: FloatSegment, weight: float) -> float:
+        if not segment.weighted:
+            return float(self.contributors)
+        # Rounding errors are at most half a step in standard deviation and independent; eight
+        # standard deviations never reject an honest sum.
+        slack = 8 * 0.5 * segment.step * math.sqrt(self.contributors) / segment.clip
+        if not slack < weight <= self.contributors + slack:
+            raise ReleaseError(
+                f"expected a sum of weights in (0, {self.contributors}]; got an impossible one: a "
+                "client forged its weight; the round is void"
+            )
+        return weight
+
+    def total(self, name: str | None = None) -> NDArray[np.int64]:
+        """The exact sum of an integer segment, int64 of shape (segment.size,).
+
+        Raises:
+            SchemaError: no such integer segment.
+        """
+        segment, total = self._segment(IntegerSegment, name)
+        return dequantize_integers(segment, total, rotation=self.context.rotation)
+
+    def _segment(self, kind: type[_S], name: str | None) -> tuple[_S, NDArray[np.int64]]:
+        found = [
+            (segment, total)
+            for segment, total in zip(self.context.plan.segments, self.sums, strict=True)
+            if isinstance(segment, kind) and name in (None, segment.name)
+        ]
+        if len(found) != 1:
+            raise SchemaError(
+                f"expected the name of one {kind.__name__}; got {name!r} for segments "
+                f"{[segment.name for segment in self.context.plan.segments]}"
+            )
+        return found[0]
