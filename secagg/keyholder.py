@@ -7,6 +7,7 @@ The secrets are erased as soon as the round is released or abandoned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ __all__ = ["KeyHolder"]
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    upload_digest: bytes
+    client_key: bytes = field(repr=False)
     seed: bytes = field(repr=False)
 
 
@@ -51,7 +52,7 @@ class KeyHolder:
         model_digest: bytes = NO_MODEL,
     ) -> None:
         self._pair: RoundKeyPair | None = RoundKeyPair()
-        self._opened: dict[bytes, _Opened] = {}
+        self._opened: dict[bytes, _Opened] = {}  # by upload digest
         self._released: tuple[bytes, Release] | None = None
         self.context = RoundContext.create(
             plan,
@@ -68,17 +69,23 @@ class KeyHolder:
         Raises:
             ContextError, ReceiptError: see `Receipt.verify`.
             SealError: the seed does not open, or is somebody else's.
-            DuplicateError: another upload of this client has been admitted.
+            DuplicateError: another upload of this client, or this upload of another client, has
+                been admitted.
             ClosedError: the round is over.
         """
         admission.verify(self.context)
         receipt = admission.receipt
-        known = self._opened.get(receipt.client_key)
-        if known is not None and known.upload_digest == receipt.upload_digest:
+        known = self._opened.get(receipt.upload_digest)
+        if known is not None and known.client_key == receipt.client_key:
             return
-        if known is not None:
-            raise DuplicateError("expected one upload a client and round; got a second one")
-        self._opened[receipt.client_key] = _Opened(receipt.upload_digest, self._open(admission))
+        if known is not None or any(
+            receipt.client_key == other.client_key for other in self._opened.values()
+        ):
+            raise DuplicateError(
+                "expected one upload a client and round, and each upload once; the first one stands"
+            )
+        seed = self._open(admission)
+        self._opened[receipt.upload_digest] = _Opened(receipt.client_key, seed)
 
     def _open(self, admission: Admission) -> bytes:
         if self._pair is None:
@@ -93,48 +100,66 @@ class KeyHolder:
         return seed
 
     def release(self, aggregate: Aggregate) -> Release:
-        """Open the sum over exactly the uploads of its manifest.
+        """Admit the uploads of an aggregate and open its sum.
 
-        The first release of a round is final: the same manifest gets the same answer again, any
-        other one is refused.
+        Raises:
+            see :meth:`admit` and :meth:`release_admitted`.
+        """
+        if self._released is None:
+            for admission in aggregate.manifest:
+                self.admit(admission)
+        digests = [admission.receipt.upload_digest for admission in aggregate.manifest]
+        return self.release_admitted(digests, aggregate.residues)
+
+    def release_admitted(
+        self, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
+    ) -> Release:
+        """Open the sum over exactly the named uploads, all admitted before.
+
+        The first release of a round is final: the same manifest and sum get the same answer again,
+        any other one is refused.
+
+        Args:
+            upload_digests: the manifest: SHA-256 of each upload in the sum.
+            residues: uint64 of shape (plan.blocks, 4096): the sum of the ciphertexts.
 
         Raises:
             QuorumError: fewer distinct clients than the plan's minimum.
             ClosedError: more than its maximum, or another manifest has been released.
+            SealError: an upload was not admitted.
+            DuplicateError: an upload is named twice.
             ReleaseError: the residues are not the sum of these uploads.
-            ContextError, ReceiptError, SealError, DuplicateError: see :meth:`admit`.
         """
-        name = _manifest_digest(aggregate)
+        name = digest("manifest", *sorted(upload_digests), residues.tobytes())
         if self._released is not None:
             if self._released[0] != name:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
-        for admission in aggregate.manifest:
-            self.admit(admission)
-        clients = self._check_cohort(aggregate)
-        release = Release(self.context, len(clients), self._open_sum(clients, aggregate.residues))
+        self._check_cohort(upload_digests)
+        sums = self._open_sum([self._opened[name].seed for name in upload_digests], residues)
+        release = Release(self.context, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
         return release
 
-    def _check_cohort(self, aggregate: Aggregate) -> set[bytes]:
-        plan = self.context.plan
-        clients = {admission.receipt.client_key for admission in aggregate.manifest}
-        if len(clients) != len(aggregate.manifest):
-            raise DuplicateError("expected each client once in a manifest; one is repeated")
-        if len(clients) < plan.min_clients:
+    def _check_cohort(self, upload_digests: Sequence[bytes]) -> None:
+        plan, count = self.context.plan, len(upload_digests)
+        if self._pair is None:
+            raise ClosedError("expected an open round; this one is abandoned")
+        if len(set(upload_digests)) != count:
+            raise DuplicateError("expected each upload once in a manifest; one is repeated")
+        if not self._opened.keys() >= set(upload_digests):
+            raise SealError("expected a manifest of admitted uploads; one of them was not")
+        if count < plan.min_clients:
             raise QuorumError(
-                f"expected at least min_clients={plan.min_clients} distinct clients; got "
-                f"{len(clients)}; the sum stays closed"
+                f"expected at least min_clients={plan.min_clients} distinct clients; got {count}; "
+                "the sum stays closed"
             )
-        if len(clients) > plan.max_clients:
-            raise ClosedError(
-                f"expected at most max_clients={plan.max_clients} clients; got {len(clients)}"
-            )
-        return clients
+        if count > plan.max_clients:
+            raise ClosedError(f"expected at most max_clients={plan.max_clients}; got {count}")
 
     def _open_sum(
-        self, clients: set[bytes], residues: NDArray[np.uint64]
+        self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int64], ...]:
         plan = self.context.plan
         if residues.shape != (plan.blocks, RING_DEGREE) or residues.max() >= MODULUS:
@@ -143,8 +168,8 @@ class KeyHolder:
                 f"shape={residues.shape}"
             )
         key = np.zeros((1, RING_DEGREE), dtype=np.int64)
-        for client in clients:
-            key += secret(self._opened[client].seed)
+        for seed in seeds:
+            key += secret(seed)
         noisy = ckks.decrypt(residues, self.context.public_polynomials(), ckks.to_ntt(key)[0])
         return tuple(unpack(layout, noisy[blocks]) for _, layout, blocks in plan.block_ranges())
 
@@ -155,12 +180,3 @@ class KeyHolder:
 
     def __repr__(self) -> str:
         return f"KeyHolder({self.context.id.task_id!r}, round {self.context.id.round_number})"
-
-
-def _manifest_digest(aggregate: Aggregate) -> bytes:
-    """Name of a manifest and its residues, whatever the order of the receipts."""
-    signed = sorted(
-        admission.receipt.client_key + admission.receipt.upload_digest
-        for admission in aggregate.manifest
-    )
-    return digest("manifest", *signed, aggregate.residues.tobytes())

@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv; nothing has to be installed before.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint proto proto-check bench clean
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	touch $@
+
+setup: $(STAMP) ## Create .venv with everything needed for development
+
+demo: $(STAMP) ## Encrypted federated training on real data, with a report in runs/latest
+	$(BIN)/secagg demo
+
+test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: $(STAMP) ## Run the slow tests
+	$(BIN)/python -m pytest -q -m slow --timeout 600
+
+lint: $(STAMP) ## Style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+proto: $(STAMP) ## Regenerate the message and service code from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=. $(filter %_service.proto,$(PROTOS))
+
+proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what it generates
+	$(BIN)/buf lint proto
+	rm -rf build/proto && mkdir -p build/proto
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=build/proto --pyi_out=build/proto $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=build/proto $(filter %_service.proto,$(PROTOS))
+	diff -r -x __init__.py -x __pycache__ build/proto/secagg/wire/v1 secagg/wire/v1
+
+bench: $(STAMP) ## Measure encryption against TenSEAL's CKKSVector
+	$(BIN)/python -m secagg_bench.crypto
+
+clean: ## Remove everything that was generated or installed
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

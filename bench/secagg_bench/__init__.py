@@ -1,0 +1,1 @@
+"""Benchmarks, baselines and the demo: everything that measures, nothing that others embed."""

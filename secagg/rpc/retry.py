@@ -1,0 +1,63 @@
+"""One retry policy: exponential with jitter, a cap on each wait, and a cap on all of it.
+
+Every call of the contract is idempotent, so a lost answer is asked for again. Only "not yet" and
+"unreachable" are tried again; a wait that the other side asks for is honoured.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from secagg.errors import NotReadyError, UnavailableError
+from secagg.rpc.status import from_rpc_error, retry_delay_s
+
+__all__ = ["RetryPolicy"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When to try again, and when to give up.
+
+    Attributes:
+        initial_s: first wait, in seconds; doubled each time.
+        longest_s: longest single wait.
+        total_s: time after which an unreachable server is given up. "Not yet" is an answer, and
+            waits as long as it keeps coming.
+        sleep, clock: replaced in tests.
+    """
+
+    initial_s: float = 0.1
+    longest_s: float = 5.0
+    total_s: float = 60.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def call(self, attempt: Callable[[], _T]) -> _T:
+        """Run a call until it succeeds or trying again cannot help.
+
+        Raises:
+            SecaggError: what the other side raised, or `UnavailableError` after ``total_s``.
+        """
+        wait, given_up_at = self.initial_s, self.clock() + self.total_s
+        while True:
+            try:
+                return attempt()
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                asked = retry_delay_s(rpc_error)
+            if isinstance(error, NotReadyError):
+                given_up_at = self.clock() + self.total_s
+            elif not isinstance(error, UnavailableError) or self.clock() >= given_up_at:
+                raise error
+            # Jitter keeps a thousand clients from coming back in step; it protects no secret.
+            delay = asked or min(wait, self.longest_s)
+            self.sleep(delay * random.uniform(0.75, 1.25))  # noqa: S311
+            wait *= 2

@@ -1,0 +1,109 @@
+"""Errors across the wire: one translator at each edge.
+
+The sender turns a `SecaggError` into a status code with ``google.rpc.ErrorInfo`` (reason, domain)
+and, where trying again helps, ``google.rpc.RetryInfo``. The receiver gets the same class back.
+Anything that is not a `SecaggError` crosses as INTERNAL without its text.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from secagg.errors import NotReadyError, SecaggError, UnavailableError, by_reason
+
+__all__ = ["DOMAIN", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
+
+DOMAIN = "secagg"
+_RETRY_MS = 200
+_LOG = structlog.get_logger(__name__)
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def to_status(error: SecaggError) -> status_pb2.Status:
+    """The rich status that carries this error."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=str(error))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    if isinstance(error, NotReadyError):
+        delay = Duration(nanos=_RETRY_MS * 1_000_000)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def from_rpc_error(error: grpc.RpcError) -> SecaggError:
+    """The error that the other side raised, or the nearest one for a failed connection."""
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return by_reason(info.reason)(status.message)
+    call = cast(grpc.Call, error)
+    if call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return UnavailableError(f"expected an answer; the other side is unreachable: {call.code()}")
+    return SecaggError(f"the other side failed: {call.code()}: {call.details()}")
+
+
+def retry_delay_s(error: grpc.RpcError) -> float | None:
+    """Seconds after which the other side asks to be tried again; None when it does not ask."""
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    info = error_details_pb2.RetryInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToTimedelta().total_seconds())
+    return None
+
+
+def translated(handler: _F) -> _F:
+    """Wrap a servicer method so that its errors cross the wire as described above."""
+    wrap = _wrap_stream if inspect.isasyncgenfunction(handler) else _wrap_unary
+    return cast(_F, wrap(handler))
+
+
+def _wrap_unary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(handler)
+    async def wrapped(
+        self: object, request: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:  # noqa: ANN401 - any response message
+        try:
+            return await handler(self, request, context)
+        except Exception as error:  # every error must cross the edge translated
+            await _abort(handler.__name__, error, context)
+
+    return wrapped
+
+
+def _wrap_stream(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    @functools.wraps(handler)
+    async def wrapped(
+        self: object, request: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        try:
+            async for message in handler(self, request, context):
+                yield message
+        except Exception as error:  # every error must cross the edge translated
+            await _abort(handler.__name__, error, context)
+
+    return wrapped
+
+
+async def _abort(
+    method: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any]
+) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, SecaggError):
+        status = rpc_status.to_status(to_status(error))
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    # The text of an unexpected error may hold anything, so neither the peer nor the log gets it.
+    _LOG.error("unexpected_error", method=method, error=type(error).__name__, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")

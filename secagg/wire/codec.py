@@ -1,0 +1,301 @@
+"""Messages to values and back, strictly: exact sizes, known ranges, nothing left over.
+
+Everything decoded here came from somewhere untrusted. Sizes are checked before anything is
+allocated or computed, and a plan is planned again instead of believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+from secagg.context import ContextId, RoundContext
+from secagg.errors import ConfigurationError, MalformedError
+from secagg.parameters import FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
+from secagg.planner import make_plan
+from secagg.receipts import CLIENT_KEY_BYTES, SIGNATURE_BYTES, Receipt
+from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
+from secagg.transcript import DIGEST_BYTES
+from secagg.upload import Admission
+from secagg.wire.v1 import plan_pb2, round_pb2
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "MODEL_VALUE_BYTES",
+    "PIECE_BYTES",
+    "admission_from_wire",
+    "admission_to_wire",
+    "context_id_from_wire",
+    "context_id_to_wire",
+    "exact",
+    "model_digest",
+    "model_from_bytes",
+    "model_to_bytes",
+    "parse",
+    "piece",
+    "piece_count",
+    "plan_from_wire",
+    "plan_to_wire",
+    "round_context_from_wire",
+    "sums_from_bytes",
+    "sums_to_bytes",
+    "tensors_from_wire",
+    "tensors_to_wire",
+]
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""Largest message on the wire, set on both sides: 1 MiB."""
+
+PIECE_BYTES = MAX_MESSAGE_BYTES - 4096
+"""Bytes of one piece of a model or of sums; leaves room for the message around it."""
+
+MODEL_VALUE_BYTES = 4
+_SUM_VALUE_BYTES = 8
+_MAX_TENSORS = 4096
+_MAX_DIMENSIONS = 8
+
+_WEIGHTINGS = {
+    "equal": plan_pb2.WEIGHTING_EQUAL,
+    "samples": plan_pb2.WEIGHTING_SAMPLES,
+}
+_WEIGHTING_NAMES = {number: name for name, number in _WEIGHTINGS.items()}
+
+_M = TypeVar("_M", bound=Message)
+
+
+def parse(kind: type[_M], data: bytes) -> _M:
+    """Decode a stored message.
+
+    Raises:
+        MalformedError: the bytes are not one.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise MalformedError(f"expected a {kind.__name__} message; the bytes are not one") from None
+    return message
+
+
+def exact(name: str, data: bytes, size: int) -> bytes:
+    """The bytes themselves, if there are exactly ``size`` of them.
+
+    Raises:
+        MalformedError: there are not.
+    """
+    if len(data) != size:
+        raise MalformedError(f"expected {name} of {size} bytes; got bytes={len(data)}")
+    return data
+
+
+def tensors_to_wire(tensors: Sequence[TensorSpec]) -> list[plan_pb2.TensorSpec]:
+    """Names and shapes."""
+    return [plan_pb2.TensorSpec(name=tensor.name, shape=tensor.shape) for tensor in tensors]
+
+
+def tensors_from_wire(message: Sequence[plan_pb2.TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Names and shapes.
+
+    Raises:
+        MalformedError: too many tensors or dimensions.
+        PlanError: a name or shape that no plan has.
+    """
+    if len(message) > _MAX_TENSORS or any(len(t.shape) > _MAX_DIMENSIONS for t in message):
+        raise MalformedError(
+            f"expected at most {_MAX_TENSORS} tensors of {_MAX_DIMENSIONS} dimensions"
+        )
+    return tuple(TensorSpec(tensor.name, tuple(tensor.shape)) for tensor in message)
+
+
+def plan_to_wire(plan: Plan) -> plan_pb2.Plan:
+    """A plan's specification."""
+    return plan_pb2.Plan(
+        min_clients=plan.min_clients,
+        max_clients=plan.max_clients,
+        segments=[_segment_to_wire(segment) for segment in plan.segments],
+    )
+
+
+def _segment_to_wire(segment: Segment) -> plan_pb2.Segment:
+    if isinstance(segment, IntegerSegment):
+        integers = plan_pb2.IntegerSegment(size=segment.size, max_abs=segment.max_abs)
+        return plan_pb2.Segment(name=segment.name, integers=integers)
+    floats = plan_pb2.FloatSegment(
+        tensors=tensors_to_wire(segment.tensors),
+        clip=segment.clip,
+        bits=segment.bits,
+        weighting=_WEIGHTINGS[segment.weighting],
+        weight_cap=segment.weight_cap,
+    )
+    return plan_pb2.Segment(name=segment.name, floats=floats)
+
+
+def plan_from_wire(message: plan_pb2.Plan) -> Plan:
+    """Plan the received specification anew.
+
+    Raises:
+        MalformedError: a segment without a kind or weighting, or tensors out of order.
+        PlanError: no exact plan exists for it.
+    """
+    segments = [_segment_from_wire(segment) for segment in message.segments]
+    return make_plan(segments, min_clients=message.min_clients, max_clients=message.max_clients)
+
+
+def _segment_from_wire(message: plan_pb2.Segment) -> Segment:
+    kind = message.WhichOneof("kind")
+    if kind == "integers":
+        return IntegerSegment(message.name, message.integers.size, message.integers.max_abs)
+    if kind != "floats":
+        raise MalformedError("expected a segment of floats or integers; got neither")
+    floats = message.floats
+    if floats.weighting not in _WEIGHTING_NAMES:
+        raise MalformedError(f"expected a known weighting; got number {floats.weighting}")
+    tensors = tensors_from_wire(floats.tensors)
+    weighting = _WEIGHTING_NAMES[floats.weighting]
+    segment = FloatSegment(
+        message.name, tensors, floats.clip, floats.bits, weighting, floats.weight_cap
+    )
+    if segment.tensors != tensors:
+        raise MalformedError("expected tensors sorted by name; they are not")
+    return segment
+
+
+def context_id_to_wire(context: ContextId) -> round_pb2.ContextId:
+    """A context's name."""
+    return round_pb2.ContextId(
+        task_id=context.task_id,
+        round_number=context.round_number,
+        attempt=context.attempt,
+        plan_digest=context.plan_digest,
+        model_digest=context.model_digest,
+        round_key_id=context.round_key_id,
+    )
+
+
+def context_id_from_wire(message: round_pb2.ContextId) -> ContextId:
+    """A context's name.
+
+    Raises:
+        MalformedError: a field out of its range or size.
+    """
+    try:
+        return ContextId(
+            message.task_id,
+            message.round_number,
+            message.attempt,
+            message.plan_digest,
+            message.model_digest,
+            message.round_key_id,
+        )
+    except ConfigurationError as error:
+        raise MalformedError(str(error)) from None
+
+
+def round_context_from_wire(
+    context: round_pb2.ContextId, plan: plan_pb2.Plan, round_key: bytes
+) -> RoundContext:
+    """A context with its plan and key, all consistent.
+
+    Raises:
+        MalformedError, PlanError: see the parts.
+        ContextError: the plan or the round key is not the one that the context names.
+    """
+    exact("round_key", round_key, ROUND_KEY_BYTES)
+    return RoundContext(context_id_from_wire(context), plan_from_wire(plan), round_key)
+
+
+def admission_to_wire(admission: Admission) -> round_pb2.Admission:
+    """Receipt and sealed seed."""
+    receipt = admission.receipt
+    return round_pb2.Admission(
+        receipt=round_pb2.Receipt(
+            context=context_id_to_wire(receipt.context),
+            client_key=receipt.client_key,
+            upload_digest=receipt.upload_digest,
+            sealed_seed_sha256=receipt.sealed_seed_sha256,
+            signature=receipt.signature,
+        ),
+        sealed_seed=admission.sealed_seed,
+    )
+
+
+def admission_from_wire(message: round_pb2.Admission) -> Admission:
+    """Receipt and sealed seed, of the right sizes; not yet verified.
+
+    Raises:
+        MalformedError: a field of the wrong size.
+    """
+    receipt = message.receipt
+    return Admission(
+        Receipt(
+            context_id_from_wire(receipt.context),
+            exact("client_key", receipt.client_key, CLIENT_KEY_BYTES),
+            exact("upload_digest", receipt.upload_digest, DIGEST_BYTES),
+            exact("sealed_seed_sha256", receipt.sealed_seed_sha256, DIGEST_BYTES),
+            exact("signature", receipt.signature, SIGNATURE_BYTES),
+        ),
+        exact("sealed_seed", message.sealed_seed, SEALED_SEED_BYTES),
+    )
+
+
+def piece_count(total_bytes: int) -> int:
+    """Pieces that carry this many bytes; one for none."""
+    return max(1, -(-total_bytes // PIECE_BYTES))
+
+
+def piece(data: bytes, index: int) -> bytes:
+    """Piece ``index`` of some bytes.
+
+    Raises:
+        MalformedError: there is no such piece.
+    """
+    if not 0 <= index < piece_count(len(data)):
+        raise MalformedError(f"expected a piece below {piece_count(len(data))}; got {index=}")
+    return data[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
+
+
+def model_to_bytes(vector: NDArray[np.float32]) -> bytes:
+    """A flat model as little-endian float32."""
+    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
+
+
+def model_from_bytes(data: bytes, parameters: int) -> NDArray[np.float32]:
+    """A flat model.
+
+    Raises:
+        MalformedError: not exactly ``parameters`` values, or not all finite.
+    """
+    vector = np.frombuffer(exact("model", data, parameters * MODEL_VALUE_BYTES), dtype="<f4")
+    if not np.isfinite(vector).all():
+        raise MalformedError("expected a model of finite values; one is NaN or infinite")
+    return vector.astype(np.float32)
+
+
+def model_digest(data: bytes) -> bytes:
+    """SHA-256 of a model's bytes; 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def sums_to_bytes(sums: Sequence[NDArray[np.int64]]) -> bytes:
+    """Exact sums as little-endian int64, in the plan's order."""
+    return b"".join(np.ascontiguousarray(part, dtype="<i8").tobytes() for part in sums)
+
+
+def sums_from_bytes(data: bytes, plan: Plan) -> tuple[NDArray[np.int64], ...]:
+    """Exact sums of a plan.
+
+    Raises:
+        MalformedError: not exactly the plan's values, or one beyond its planned range.
+    """
+    sizes = [layout.values for layout in plan.layouts]
+    flat = np.frombuffer(exact("sums", data, sum(sizes) * _SUM_VALUE_BYTES), dtype="<i8")
+    parts = np.split(flat.astype(np.int64), np.cumsum(sizes)[:-1])
+    for layout, part in zip(plan.layouts, parts, strict=True):
+        if max(int(part.max()), -int(part.min())) > layout.sum_abs:
+            raise MalformedError("expected sums within the planned range; one is beyond")
+    return tuple(parts)

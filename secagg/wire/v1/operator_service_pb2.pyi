@@ -1,0 +1,154 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from secagg.wire.v1 import plan_pb2 as _plan_pb2
+from secagg.wire.v1 import round_pb2 as _round_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TASK_STATE_UNSPECIFIED: _ClassVar[TaskState]
+    TASK_STATE_RUNNING: _ClassVar[TaskState]
+    TASK_STATE_FINISHED: _ClassVar[TaskState]
+    TASK_STATE_FAILED: _ClassVar[TaskState]
+TASK_STATE_UNSPECIFIED: TaskState
+TASK_STATE_RUNNING: TaskState
+TASK_STATE_FINISHED: TaskState
+TASK_STATE_FAILED: TaskState
+
+class TaskSpec(_message.Message):
+    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    plan: _plan_pb2.Plan
+    rounds: int
+    round_deadline_ms: int
+    max_attempts: int
+    target_clients: int
+    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ...) -> None: ...
+
+class CreateTaskRequest(_message.Message):
+    __slots__ = ("spec", "model_data")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DATA_FIELD_NUMBER: _ClassVar[int]
+    spec: TaskSpec
+    model_data: bytes
+    def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., model_data: _Optional[bytes] = ...) -> None: ...
+
+class CreateTaskResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TaskState
+    def __init__(self, state: _Optional[_Union[TaskState, str]] = ...) -> None: ...
+
+class ListTasksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTasksResponse(_message.Message):
+    __slots__ = ("tasks",)
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskStatus]
+    def __init__(self, tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ...) -> None: ...
+
+class TaskStatus(_message.Message):
+    __slots__ = ("spec", "state", "rounds_done", "model_version", "reason", "created_at")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_DONE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    spec: TaskSpec
+    state: TaskState
+    rounds_done: int
+    model_version: int
+    reason: str
+    created_at: _timestamp_pb2.Timestamp
+    def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., rounds_done: _Optional[int] = ..., model_version: _Optional[int] = ..., reason: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class GetTaskRequest(_message.Message):
+    __slots__ = ("task_id",)
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+
+class GetTaskResponse(_message.Message):
+    __slots__ = ("task", "rounds")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    task: TaskStatus
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundRecord]
+    def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ...) -> None: ...
+
+class RoundRecord(_message.Message):
+    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "decrypt_ms", "created_at", "ended_at")
+    ROUND_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATE_MS_FIELD_NUMBER: _ClassVar[int]
+    DECRYPT_MS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    round_number: int
+    attempt: int
+    state: _round_pb2.RoundState
+    reason: str
+    uploads: int
+    rejected: int
+    contributors: int
+    sums_sha256: bytes
+    model_version: int
+    upload_bytes: int
+    aggregate_ms: float
+    decrypt_ms: float
+    created_at: _timestamp_pb2.Timestamp
+    ended_at: _timestamp_pb2.Timestamp
+    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., decrypt_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class AbortTaskRequest(_message.Message):
+    __slots__ = ("task_id",)
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+
+class AbortTaskResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TaskState
+    def __init__(self, state: _Optional[_Union[TaskState, str]] = ...) -> None: ...
+
+class GetSumsRequest(_message.Message):
+    __slots__ = ("task_id", "round_number")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    round_number: int
+    def __init__(self, task_id: _Optional[str] = ..., round_number: _Optional[int] = ...) -> None: ...
+
+class GetSumsResponse(_message.Message):
+    __slots__ = ("data", "contributors")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    contributors: int
+    def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ...) -> None: ...

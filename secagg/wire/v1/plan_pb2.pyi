@@ -1,0 +1,67 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Weighting(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHTING_UNSPECIFIED: _ClassVar[Weighting]
+    WEIGHTING_EQUAL: _ClassVar[Weighting]
+    WEIGHTING_SAMPLES: _ClassVar[Weighting]
+WEIGHTING_UNSPECIFIED: Weighting
+WEIGHTING_EQUAL: Weighting
+WEIGHTING_SAMPLES: Weighting
+
+class Plan(_message.Message):
+    __slots__ = ("min_clients", "max_clients", "segments")
+    MIN_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    min_clients: int
+    max_clients: int
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    def __init__(self, min_clients: _Optional[int] = ..., max_clients: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("name", "floats", "integers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FLOATS_FIELD_NUMBER: _ClassVar[int]
+    INTEGERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    floats: FloatSegment
+    integers: IntegerSegment
+    def __init__(self, name: _Optional[str] = ..., floats: _Optional[_Union[FloatSegment, _Mapping]] = ..., integers: _Optional[_Union[IntegerSegment, _Mapping]] = ...) -> None: ...
+
+class FloatSegment(_message.Message):
+    __slots__ = ("tensors", "clip", "bits", "weighting", "weight_cap")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CAP_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    clip: float
+    bits: int
+    weighting: Weighting
+    weight_cap: int
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., clip: _Optional[float] = ..., bits: _Optional[int] = ..., weighting: _Optional[_Union[Weighting, str]] = ..., weight_cap: _Optional[int] = ...) -> None: ...
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class IntegerSegment(_message.Message):
+    __slots__ = ("size", "max_abs")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_ABS_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    max_abs: int
+    def __init__(self, size: _Optional[int] = ..., max_abs: _Optional[int] = ...) -> None: ...

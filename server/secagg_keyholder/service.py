@@ -1,0 +1,147 @@
+"""The gRPC face of the key holder. Its errors and logs never say how far off a sum was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import structlog
+
+from secagg.errors import MalformedError
+from secagg.parameters import BLOCK_BYTES
+from secagg.residues import widen
+from secagg.rpc.status import translated
+from secagg.transcript import DIGEST_BYTES
+from secagg.wire.codec import (
+    admission_from_wire,
+    context_id_from_wire,
+    context_id_to_wire,
+    exact,
+    piece,
+    piece_count,
+    plan_from_wire,
+    sums_to_bytes,
+)
+from secagg.wire.v1 import key_holder_service_pb2 as pb
+from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
+from secagg_keyholder.rounds import Opening, Rounds
+
+__all__ = ["KeyHolderService"]
+
+MAX_JUDGED = 256
+_Context = grpc.aio.ServicerContext[Any, Any]
+_LOG = structlog.get_logger(__name__)
+
+
+class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
+    """Round keys, verdicts and releases, for the server."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self._rounds = rounds
+        self._lock = asyncio.Lock()
+
+    @translated
+    async def OpenRound(
+        self, request: pb.OpenRoundRequest, context: _Context
+    ) -> pb.OpenRoundResponse:
+        """See the contract."""
+        plan = plan_from_wire(request.plan)
+        model_digest = exact("model_digest", request.model_digest, DIGEST_BYTES)
+        async with self._lock:
+            holder = self._rounds.open(
+                plan, request.task_id, request.round_number, request.attempt, model_digest
+            )
+        _LOG.info("round_opened", round=request.round_number, attempt=request.attempt)
+        return pb.OpenRoundResponse(
+            context=context_id_to_wire(holder.context.id), round_key=holder.context.round_key
+        )
+
+    @translated
+    async def JudgeUploads(
+        self, request: pb.JudgeUploadsRequest, context: _Context
+    ) -> pb.JudgeUploadsResponse:
+        """See the contract."""
+        if len(request.admissions) > MAX_JUDGED:
+            raise MalformedError(
+                f"expected at most {MAX_JUDGED} uploads; got {len(request.admissions)}"
+            )
+        admissions = [admission_from_wire(message) for message in request.admissions]
+        round_context = context_id_from_wire(request.context)
+        async with self._lock:
+            reasons = await asyncio.to_thread(self._rounds.judge, round_context, admissions)
+        verdicts = [
+            _verdict(admission.receipt.upload_digest, reason)
+            for admission, reason in zip(admissions, reasons, strict=True)
+        ]
+        return pb.JudgeUploadsResponse(verdicts=verdicts)
+
+    @translated
+    async def Release(
+        self, request_iterator: AsyncIterator[pb.ReleaseRequest], context: _Context
+    ) -> AsyncIterator[pb.ReleaseResponse]:
+        """See the contract."""
+        manifest = await _manifest(request_iterator)
+        round_context = context_id_from_wire(manifest.context)
+        digests = [exact("upload_digest", d, DIGEST_BYTES) for d in manifest.upload_digests]
+        size = self._rounds.expected_bytes(round_context)
+        residues = widen(await _received(request_iterator, size), size // BLOCK_BYTES)
+        async with self._lock:
+            opening = await asyncio.to_thread(
+                self._rounds.release, round_context, digests, residues
+            )
+        _LOG.info(
+            "round_released",
+            round=round_context.round_number,
+            contributors=opening.release.contributors,
+        )
+        for response in _pieces(opening):
+            yield response
+
+    @translated
+    async def CloseRound(
+        self, request: pb.CloseRoundRequest, context: _Context
+    ) -> pb.CloseRoundResponse:
+        """See the contract."""
+        async with self._lock:
+            self._rounds.close(context_id_from_wire(request.context))
+        return pb.CloseRoundResponse()
+
+
+def _verdict(upload_digest: bytes, reason: str) -> round_pb2.Verdict:
+    """A verdict; an empty reason means accepted."""
+    state = round_pb2.VERDICT_STATE_REJECTED if reason else round_pb2.VERDICT_STATE_ACCEPTED
+    return round_pb2.Verdict(upload_digest=upload_digest, state=state, reason=reason)
+
+
+async def _manifest(requests: AsyncIterator[pb.ReleaseRequest]) -> pb.Manifest:
+    async for request in requests:
+        if request.WhichOneof("part") == "manifest":
+            return request.manifest
+        break
+    raise MalformedError("expected the manifest in the first message")
+
+
+async def _received(requests: AsyncIterator[pb.ReleaseRequest], size: int) -> bytes:
+    """The summed ciphertexts: not a byte more than the plan prescribes is kept."""
+    received = bytearray()
+    async for request in requests:
+        if request.WhichOneof("part") != "residues":
+            raise MalformedError("expected summed ciphertexts after the manifest")
+        if len(received) + len(request.residues) > size:
+            raise MalformedError(f"expected a sum of {size} bytes; got more")
+        received += request.residues
+    return bytes(received)
+
+
+def _pieces(opening: Opening) -> list[pb.ReleaseResponse]:
+    data = sums_to_bytes(opening.release.sums)
+    return [
+        pb.ReleaseResponse(
+            data=piece(data, index),
+            contributors=opening.release.contributors,
+            decrypt_ms=opening.decrypt_ms,
+        )
+        for index in range(piece_count(len(data)))
+    ]

@@ -1,0 +1,77 @@
+"""Files that outlive the process: upload chunks, models and sums.
+
+A blob appears whole or not at all: it is written aside, flushed to the disk, and renamed. Names are
+made here from checked ids and digests, never from bytes that somebody sent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from secagg.context import ContextId
+
+__all__ = ["BlobStore"]
+
+
+class BlobStore:
+    """Blobs below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> None:
+        """Store one checked chunk of an upload."""
+        _write(self._upload(context, upload_digest) / str(index), data)
+
+    def chunk(self, context: ContextId, upload_digest: bytes, index: int) -> bytes:
+        """One chunk of an upload; FileNotFoundError when it has not been stored."""
+        return (self._upload(context, upload_digest) / str(index)).read_bytes()
+
+    def missing_chunks(self, context: ContextId, upload_digest: bytes, count: int) -> list[int]:
+        """Which of ``count`` chunks have not been stored."""
+        folder = self._upload(context, upload_digest)
+        return [index for index in range(count) if not (folder / str(index)).exists()]
+
+    def drop_upload(self, context: ContextId, upload_digest: bytes) -> None:
+        """Remove the chunks of one upload."""
+        shutil.rmtree(self._upload(context, upload_digest), ignore_errors=True)
+
+    def drop_round(self, context: ContextId) -> None:
+        """Remove the chunks of every upload of a finished attempt."""
+        shutil.rmtree(self._round(context), ignore_errors=True)
+
+    def put_model(self, task_id: str, version: int, data: bytes) -> None:
+        """Store a model version."""
+        _write(self._root / "models" / task_id / f"{version}.f32", data)
+
+    def model(self, task_id: str, version: int) -> bytes:
+        """A model version's bytes."""
+        return (self._root / "models" / task_id / f"{version}.f32").read_bytes()
+
+    def put_sums(self, task_id: str, round_number: int, data: bytes) -> None:
+        """Store a round's exact sums."""
+        _write(self._root / "sums" / task_id / f"{round_number}.i64", data)
+
+    def sums(self, task_id: str, round_number: int) -> bytes:
+        """A round's exact sums."""
+        return (self._root / "sums" / task_id / f"{round_number}.i64").read_bytes()
+
+    def _round(self, context: ContextId) -> Path:
+        name = f"{context.round_number}-{context.attempt}"
+        return self._root / "uploads" / context.task_id / name
+
+    def _upload(self, context: ContextId, upload_digest: bytes) -> Path:
+        return self._round(context) / upload_digest.hex()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)

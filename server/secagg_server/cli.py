@@ -1,0 +1,197 @@
+"""The `secagg-server` command."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from secagg import logs
+from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_table, version
+from secagg.context import rotation_string
+from secagg.errors import InputError, SchemaError
+from secagg.parameters import FloatSegment, IntegerSegment
+from secagg.quantize import dequantize_integers, flatten
+from secagg.settings import load
+from secagg.wire.codec import model_to_bytes, sums_from_bytes
+from secagg_server.app import run as run_server
+from secagg_server.config import ServerSettings
+from secagg_server.operator import Operator
+from secagg_server.tasks import TaskSpec, read_task
+
+__all__ = ["app"]
+
+app = typer.Typer(help="The aggregation server.", no_args_is_help=True)
+task_app = typer.Typer(help="Create and watch tasks on a running server.", no_args_is_help=True)
+app.add_typer(task_app, name="task")
+
+_ADMIN = Annotated[str, typer.Option("--admin", help="host:port of the server's admin listener")]
+_FORMAT = Annotated[OutputFormat, typer.Option("--format", help="table or json")]
+_DEFAULT_ADMIN = "127.0.0.1:7401"
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@exits_cleanly
+def run(
+    config: Annotated[Path | None, typer.Option(help="TOML file")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port for clients")] = None,
+    admin_listen: Annotated[str | None, typer.Option(help="host:port for operators")] = None,
+    key_holder: Annotated[str | None, typer.Option(help="host:port of the key holder")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="models, uploads, database")] = None,
+    store_url: Annotated[str | None, typer.Option(help="SQLAlchemy URL")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="written once listening")] = None,
+) -> None:
+    """Serve until stopped. Flags win over SECAGG_SERVER_* variables, which win over the file."""
+    settings = load(
+        ServerSettings,
+        config,
+        {
+            "listen": listen,
+            "admin_listen": admin_listen,
+            "key_holder": key_holder,
+            "data_dir": data_dir,
+            "store_url": store_url,
+            "log_level": log_level,
+            "ready_file": ready_file,
+        },
+    )
+    logs.configure(settings.log_level)
+    asyncio.run(run_server(settings))
+
+
+@task_app.command()
+@exits_cleanly
+def create(
+    file: Annotated[Path, typer.Argument(help="the task as TOML; see docs/samples/task.toml")],
+    model: Annotated[
+        Path | None, typer.Option(help="initial model: .npz with the task's tensors; else zeros")
+    ] = None,
+    admin: _ADMIN = _DEFAULT_ADMIN,
+) -> None:
+    """Create a task and start its first round."""
+    spec = read_task(file)
+    Operator(admin).create_task(spec, _read_model(spec, model) if model else b"")
+    out.print(
+        f"task {spec.task_id!r} runs: {spec.rounds} rounds, plan {spec.plan.digest.hex()[:16]}"
+    )
+
+
+def _read_model(spec: TaskSpec, file: Path) -> bytes:
+    if spec.model is None:
+        raise InputError("expected no model for a task without a segment of floats")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            tensors = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise SchemaError(f"expected an .npz file of tensors; {file}: {error}") from None
+    wanted = {tensor.name for tensor in spec.model.tensors}
+    return model_to_bytes(
+        flatten(spec.model, {name: value for name, value in tensors.items() if name in wanted})
+    )
+
+
+@task_app.command("list")
+@exits_cleanly
+def list_tasks(admin: _ADMIN = _DEFAULT_ADMIN, format_: _FORMAT = OutputFormat.table) -> None:
+    """All tasks, oldest first."""
+    tasks = Operator(admin).tasks()
+    if format_ is OutputFormat.json:
+        print_json([_plain(task) for task in tasks])
+        return
+    rows = [
+        (task.spec.task_id, _name(_plain(task)["state"]), f"{task.rounds_done}/{task.spec.rounds}")
+        for task in tasks
+    ]
+    print_table(("task", "state", "rounds"), rows)
+
+
+@task_app.command()
+@exits_cleanly
+def show(
+    task_id: str, admin: _ADMIN = _DEFAULT_ADMIN, format_: _FORMAT = OutputFormat.table
+) -> None:
+    """One task with every attempt at its rounds."""
+    answer = _plain(Operator(admin).task(task_id))
+    if format_ is OutputFormat.json:
+        print_json(answer)
+        return
+    rows = [
+        (
+            f"{row['round_number']}.{row['attempt']}",
+            _name(row["state"]),
+            row["uploads"],
+            row["rejected"],
+            row["contributors"],
+            f"{row['aggregate_ms']:.1f}",
+            f"{row['decrypt_ms']:.1f}",
+            row["reason"],
+        )
+        for row in answer["rounds"]
+    ]
+    columns = ("round", "state", "uploads", "refused", "summed", "add ms", "open ms", "reason")
+    task = answer["task"]
+    title = f"{task_id}: {_name(task['state'])} {task['reason']}".strip()
+    print_table(columns, rows, title)
+
+
+@task_app.command()
+@exits_cleanly
+def abort(task_id: str, admin: _ADMIN = _DEFAULT_ADMIN) -> None:
+    """End a task."""
+    Operator(admin).abort_task(task_id)
+    out.print(f"task {task_id!r} ended")
+
+
+@task_app.command()
+@exits_cleanly
+def sums(
+    task_id: str,
+    round_number: Annotated[int, typer.Argument(help="from 1")],
+    output: Annotated[Path, typer.Option(help=".npz file to write")],
+    admin: _ADMIN = _DEFAULT_ADMIN,
+) -> None:
+    """Write a round's exact integer sums, one array for each segment.
+
+    Integer segments are the plain sums; segments of floats are the rotated, quantised sums.
+    """
+    operator = Operator(admin)
+    spec = TaskSpec.from_wire(operator.task(task_id).task.spec)
+    data, contributors = operator.sums(task_id, round_number)
+    rotation = rotation_string(task_id, round_number, spec.plan)
+    arrays: dict[str, Any] = {"contributors": contributors}
+    parts = zip(spec.plan.segments, sums_from_bytes(data, spec.plan), strict=True)
+    for segment, total in parts:
+        if isinstance(segment, IntegerSegment):
+            arrays[segment.name] = dequantize_integers(segment, total, rotation=rotation)
+        elif isinstance(segment, FloatSegment):
+            arrays[segment.name] = total
+    np.savez(output, **arrays)
+    out.print(f"wrote {output}")
+
+
+def _plain(message: Any) -> dict[str, Any]:  # noqa: ANN401 - any protobuf message
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def _name(enum: str) -> str:
+    return enum.rpartition("STATE_")[2].lower()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,122 @@
+"""How uploads come in: header first, then chunks, then one commit.
+
+Cheap checks come before dear ones, and everything is checked before anything counts: a refused
+upload leaves no trace in the sum. All three steps are idempotent by the upload's digest, so that a
+client may repeat any of them after a lost answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from secagg.context import ContextId
+from secagg.errors import ClosedError, MalformedError
+from secagg.receipts import Receipt
+from secagg.residues import widen
+from secagg.upload import Admission
+from secagg_server.blobs import BlobStore
+from secagg_server.rounds import OpenRound, OpenRounds
+from secagg_server.states import UploadState
+from secagg_server.store import Store, round_key
+
+__all__ = ["Intake"]
+
+
+class Intake:
+    """Receives uploads into store and blobs."""
+
+    def __init__(self, store: Store, blobs: BlobStore, rounds: OpenRounds) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._rounds = rounds
+
+    def open(self, admission: Admission) -> tuple[UploadState, list[int]]:
+        """Announce an upload.
+
+        Returns:
+            Its state, and the chunks that are still missing.
+
+        Raises:
+            ClosedError: the round is closed, or its cohort is full.
+            ContextError, ReceiptError: made for something else, or not signed.
+            DuplicateError: the client announced a different upload before.
+        """
+        receipt = admission.receipt
+        current = self._rounds.require(receipt.context)
+        admission.verify(current.context)
+        self._check_room(current, receipt)
+        state = self._store.open_upload(current.context, admission)
+        if state is not UploadState.RECEIVING:
+            return state, []
+        return state, self._missing(current, receipt.upload_digest)
+
+    def _check_room(self, current: OpenRound, receipt: Receipt) -> None:
+        plan, context = current.context.plan, current.context
+        if self._store.upload(context, receipt.client_key) is not None:
+            return
+        if self._store.counts(round_key(context)).accepted >= plan.max_clients:
+            raise ClosedError(
+                f"expected at most max_clients={plan.max_clients} uploads; the cohort is full; "
+                "join the next round"
+            )
+
+    def put_chunk(
+        self, context: ContextId, client_key: bytes, upload_digest: bytes, index: int, data: bytes
+    ) -> None:
+        """Store one chunk of an announced upload.
+
+        Raises:
+            ClosedError: the round is closed, or the upload was not announced or is complete.
+            ContextError: made for another round.
+            MalformedError: no such chunk, the wrong size, or a residue of q or more.
+        """
+        current = self._require_receiving(context, client_key, upload_digest)
+        plan = current.context.plan
+        if index >= plan.chunks:
+            raise MalformedError(f"expected a chunk below {plan.chunks}; got {index=}")
+        widen(data, plan.chunk_blocks(index))
+        self._blobs.put_chunk(context, upload_digest, index, data)
+
+    def _require_receiving(
+        self, context: ContextId, client_key: bytes, upload_digest: bytes
+    ) -> OpenRound:
+        current = self._rounds.require(context)
+        known = self._store.upload(current.context, client_key)
+        if known is None or known != (upload_digest, UploadState.RECEIVING):
+            raise ClosedError(
+                "expected chunks of an announced, incomplete upload; this is not one; announce it "
+                "first"
+            )
+        return current
+
+    def commit(self, context: ContextId, client_key: bytes, upload_digest: bytes) -> None:
+        """Complete an upload; completing it again changes nothing.
+
+        Raises:
+            ClosedError: the round is closed, the upload was not announced, or the cohort is full.
+            ContextError: made for another round.
+            MalformedError: chunks are missing, or the bytes are not the signed ones; then all of
+                them are dropped and may be sent again.
+        """
+        current = self._rounds.require(context)
+        if self._store.upload(current.context, client_key) == (upload_digest, UploadState.ACCEPTED):
+            return
+        self._require_receiving(context, client_key, upload_digest)
+        if missing := self._missing(current, upload_digest):
+            raise MalformedError(f"expected all chunks; {len(missing)} are missing; send them")
+        if self._sha256(current, upload_digest) != upload_digest:
+            self._blobs.drop_upload(context, upload_digest)
+            raise MalformedError(
+                "expected the bytes that the receipt signs; their SHA-256 differs; send them again"
+            )
+        self._store.accept_upload(current.context, client_key)
+
+    def _missing(self, current: OpenRound, upload_digest: bytes) -> list[int]:
+        count = current.context.plan.chunks
+        return self._blobs.missing_chunks(current.context.id, upload_digest, count)
+
+    def _sha256(self, current: OpenRound, upload_digest: bytes) -> bytes:
+        running = hashlib.sha256()
+        for index in range(current.context.plan.chunks):
+            running.update(self._blobs.chunk(current.context.id, upload_digest, index))
+        return running.digest()

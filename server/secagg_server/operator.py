@@ -1,0 +1,97 @@
+"""The operator's side of the admin listener: a blocking client for command lines and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from secagg.rpc.channels import channel
+from secagg.rpc.status import from_rpc_error
+from secagg.wire.codec import piece, piece_count
+from secagg.wire.v1 import operator_service_pb2 as pb
+from secagg.wire.v1 import operator_service_pb2_grpc
+from secagg_server.tasks import TaskSpec
+
+__all__ = ["Operator"]
+
+_TIMEOUT_S = 60.0
+
+
+class Operator:
+    """Creates and watches the tasks of one server."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = channel(address)
+        self._stub = operator_service_pb2_grpc.OperatorServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def create_task(self, spec: TaskSpec, model: bytes = b"") -> None:
+        """Create a task; the model is float32 in canonical order, zeros when empty.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        try:
+            self._stub.CreateTask(_create_requests(spec, model), timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def tasks(self) -> list[pb.TaskStatus]:
+        """All tasks, oldest first.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        try:
+            return list(self._stub.ListTasks(pb.ListTasksRequest(), timeout=_TIMEOUT_S).tasks)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def task(self, task_id: str) -> pb.GetTaskResponse:
+        """One task with its rounds.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        try:
+            answer: pb.GetTaskResponse = self._stub.GetTask(
+                pb.GetTaskRequest(task_id=task_id), timeout=_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return answer
+
+    def abort_task(self, task_id: str) -> None:
+        """End a task.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        try:
+            self._stub.AbortTask(pb.AbortTaskRequest(task_id=task_id), timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def sums(self, task_id: str, round_number: int) -> tuple[bytes, int]:
+        """A round's exact sums as little-endian int64, and the number of contributors.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        request = pb.GetSumsRequest(task_id=task_id, round_number=round_number)
+        try:
+            answers = list(self._stub.GetSums(request, timeout=_TIMEOUT_S))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return b"".join(answer.data for answer in answers), answers[0].contributors
+
+
+def _create_requests(spec: TaskSpec, model: bytes) -> Iterator[pb.CreateTaskRequest]:
+    yield pb.CreateTaskRequest(spec=spec.to_wire())
+    if model:
+        for index in range(piece_count(len(model))):
+            yield pb.CreateTaskRequest(model_data=piece(model, index))

@@ -1,0 +1,89 @@
+"""The rounds that are collecting now, shared between the coordinator and the services."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from secagg.context import ContextId, RoundContext
+from secagg.errors import ClosedError, NotReadyError
+from secagg_server.clock import Clock
+from secagg_server.tasks import TaskSpec
+
+__all__ = ["OpenRound", "OpenRounds"]
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round that accepts uploads.
+
+    Attributes:
+        spec: its task.
+        context: what uploads must be made for.
+        model_version: what clients start from.
+        deadline: clock time in seconds at which it closes.
+        filled: set once as many uploads as wanted have been accepted.
+    """
+
+    spec: TaskSpec
+    context: RoundContext
+    model_version: int
+    deadline: float
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class OpenRounds:
+    """At most one open round for each task."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._open: dict[str, OpenRound] = {}
+        self._clock = clock
+
+    def open(self, current: OpenRound) -> None:
+        """Let uploads in."""
+        self._open[current.spec.task_id] = current
+
+    def close(self, task_id: str) -> None:
+        """Let no more uploads in."""
+        self._open.pop(task_id, None)
+
+    def note_upload(self, context: ContextId, accepted: int) -> None:
+        """Wake the coordinator once as many uploads as wanted have been accepted."""
+        current = self._open.get(context.task_id)
+        if current and current.context.id == context and accepted >= current.spec.target_clients:
+            current.filled.set()
+
+    def remaining_ms(self, current: OpenRound) -> int:
+        """Milliseconds until the deadline, 0 once it has passed."""
+        return max(0, round((current.deadline - self._clock.now()) * 1000))
+
+    def newest(self, task_id: str, after: tuple[int, int]) -> OpenRound:
+        """The open round of a task, if it is later than one a client is done with.
+
+        Raises:
+            NotReadyError: there is none yet.
+        """
+        current = self._open.get(task_id)
+        if current is None or _order(current.context.id) <= after:
+            raise NotReadyError("expected an open round; the next one has not started; ask again")
+        return current
+
+    def require(self, context: ContextId) -> OpenRound:
+        """The open round that an upload is for.
+
+        Raises:
+            ClosedError: the task has no open round, or a later one.
+            ContextError: the context differs in more than the attempt's name.
+        """
+        current = self._open.get(context.task_id)
+        if current is None or _order(context) < _order(current.context.id):
+            raise ClosedError(
+                "expected an open round; this one is closed; what was accepted is safe; fetch the "
+                "next round"
+            )
+        current.context.id.require(context)
+        return current
+
+
+def _order(context: ContextId) -> tuple[int, int]:
+    return context.round_number, context.attempt

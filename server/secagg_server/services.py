@@ -1,0 +1,304 @@
+"""The gRPC faces of the server: messages in, checked values to `intake` and `store`, messages out.
+
+File and database work runs in threads, so that the event loop stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from secagg.errors import ClosedError, ConfigurationError, MalformedError, RoundError
+from secagg.receipts import CLIENT_KEY_BYTES
+from secagg.rpc.status import translated
+from secagg.transcript import DIGEST_BYTES
+from secagg.wire.codec import (
+    admission_from_wire,
+    context_id_from_wire,
+    context_id_to_wire,
+    exact,
+    model_digest,
+    model_from_bytes,
+    piece,
+    piece_count,
+    plan_to_wire,
+    tensors_to_wire,
+)
+from secagg.wire.v1 import (
+    aggregation_service_pb2,
+    aggregation_service_pb2_grpc,
+    operator_service_pb2,
+    operator_service_pb2_grpc,
+    round_pb2,
+)
+from secagg_server.blobs import BlobStore
+from secagg_server.coordinator import Coordinator
+from secagg_server.intake import Intake
+from secagg_server.rounds import OpenRounds
+from secagg_server.states import RoundState, TaskState, UploadState
+from secagg_server.store import RoundRow, Store, TaskRow
+from secagg_server.tasks import TaskSpec
+
+__all__ = ["AggregationService", "OperatorService"]
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer):
+    """Rounds, models and uploads, for clients."""
+
+    def __init__(self, store: Store, blobs: BlobStore, rounds: OpenRounds, intake: Intake) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._rounds = rounds
+        self._intake = intake
+
+    @translated
+    async def GetRound(
+        self, request: aggregation_service_pb2.GetRoundRequest, context: _Context
+    ) -> aggregation_service_pb2.GetRoundResponse:
+        """See the contract."""
+        task = await asyncio.to_thread(self._store.task, request.task_id)
+        if task.state is TaskState.FAILED:
+            raise RoundError(f"expected a running task; it failed: {task.reason}")
+        if task.state is TaskState.FINISHED:
+            raise ClosedError("expected a running task; it has finished; its model can be fetched")
+        current = self._rounds.newest(request.task_id, (request.after_round, request.after_attempt))
+        return aggregation_service_pb2.GetRoundResponse(
+            context=context_id_to_wire(current.context.id),
+            plan=plan_to_wire(current.context.plan),
+            round_key=current.context.round_key,
+            model_version=current.model_version,
+            remaining_ms=self._rounds.remaining_ms(current),
+            rounds_total=current.spec.rounds,
+        )
+
+    @translated
+    async def GetModel(
+        self, request: aggregation_service_pb2.GetModelRequest, context: _Context
+    ) -> aggregation_service_pb2.GetModelResponse:
+        """See the contract."""
+        return await asyncio.to_thread(self._model, request)
+
+    def _model(
+        self, request: aggregation_service_pb2.GetModelRequest
+    ) -> aggregation_service_pb2.GetModelResponse:
+        task = self._store.task(request.task_id)
+        segment = task.task_spec().model
+        version = task.model_version if request.latest else request.version
+        if segment is None or version > task.model_version:
+            raise ConfigurationError(
+                f"expected a model version up to {task.model_version} of a task with a model; "
+                f"got {version=}"
+            )
+        data = self._blobs.model(request.task_id, version)
+        return aggregation_service_pb2.GetModelResponse(
+            version=version,
+            model_digest=model_digest(data),
+            total_bytes=len(data),
+            chunk_count=piece_count(len(data)),
+            data=piece(data, request.chunk_index),
+            tensors=tensors_to_wire(segment.tensors),
+        )
+
+    @translated
+    async def OpenUpload(
+        self, request: aggregation_service_pb2.OpenUploadRequest, context: _Context
+    ) -> aggregation_service_pb2.OpenUploadResponse:
+        """See the contract."""
+        admission = admission_from_wire(request.admission)
+        state, missing = await asyncio.to_thread(self._intake.open, admission)
+        return aggregation_service_pb2.OpenUploadResponse(
+            state=_upload_state(state), missing_chunks=missing
+        )
+
+    @translated
+    async def PutChunk(
+        self, request: aggregation_service_pb2.PutChunkRequest, context: _Context
+    ) -> aggregation_service_pb2.PutChunkResponse:
+        """See the contract."""
+        await asyncio.to_thread(
+            self._intake.put_chunk,
+            context_id_from_wire(request.context),
+            exact("client_key", request.client_key, CLIENT_KEY_BYTES),
+            exact("upload_digest", request.upload_digest, DIGEST_BYTES),
+            request.chunk_index,
+            request.data,
+        )
+        return aggregation_service_pb2.PutChunkResponse()
+
+    @translated
+    async def CommitUpload(
+        self, request: aggregation_service_pb2.CommitUploadRequest, context: _Context
+    ) -> aggregation_service_pb2.CommitUploadResponse:
+        """See the contract."""
+        round_context = context_id_from_wire(request.context)
+        await asyncio.to_thread(
+            self._intake.commit,
+            round_context,
+            exact("client_key", request.client_key, CLIENT_KEY_BYTES),
+            exact("upload_digest", request.upload_digest, DIGEST_BYTES),
+        )
+        self._rounds.note_upload(round_context, await asyncio.to_thread(self._accepted, request))
+        return aggregation_service_pb2.CommitUploadResponse(state=round_pb2.UPLOAD_STATE_ACCEPTED)
+
+    def _accepted(self, request: aggregation_service_pb2.CommitUploadRequest) -> int:
+        context = request.context
+        return self._store.counts((context.task_id, context.round_number, context.attempt)).accepted
+
+
+class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
+    """Tasks and results, for operators."""
+
+    def __init__(self, store: Store, blobs: BlobStore, coordinator: Coordinator) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._coordinator = coordinator
+
+    @translated
+    async def CreateTask(
+        self,
+        request_iterator: AsyncIterator[operator_service_pb2.CreateTaskRequest],
+        context: _Context,
+    ) -> operator_service_pb2.CreateTaskResponse:
+        """See the contract."""
+        spec = await _first_spec(request_iterator)
+        model = await _model_bytes(request_iterator, spec)
+        row = await asyncio.to_thread(self._create, spec, model)
+        if row.state is TaskState.RUNNING:
+            self._coordinator.start(spec)
+        return operator_service_pb2.CreateTaskResponse(state=_task_state(row.state))
+
+    def _create(self, spec: TaskSpec, model: bytes) -> TaskRow:
+        # The model first: a task that is recorded always has one.
+        known = [row for row in self._store.tasks() if row.task_id == spec.task_id]
+        if spec.model and not known:
+            self._blobs.put_model(spec.task_id, 0, model)
+        return self._store.create_task(spec, model_digest(model))
+
+    @translated
+    async def ListTasks(
+        self, request: operator_service_pb2.ListTasksRequest, context: _Context
+    ) -> operator_service_pb2.ListTasksResponse:
+        """See the contract."""
+        rows = await asyncio.to_thread(self._store.tasks)
+        return operator_service_pb2.ListTasksResponse(tasks=[_task_status(row) for row in rows])
+
+    @translated
+    async def GetTask(
+        self, request: operator_service_pb2.GetTaskRequest, context: _Context
+    ) -> operator_service_pb2.GetTaskResponse:
+        """See the contract."""
+        return await asyncio.to_thread(self._task, request.task_id)
+
+    def _task(self, task_id: str) -> operator_service_pb2.GetTaskResponse:
+        row = self._store.task(task_id)
+        payload = row.task_spec().plan.payload_bytes
+        records = [self._round_record(item, payload) for item in self._store.rounds(task_id)]
+        return operator_service_pb2.GetTaskResponse(task=_task_status(row), rounds=records)
+
+    def _round_record(self, row: RoundRow, payload_bytes: int) -> operator_service_pb2.RoundRecord:
+        counts = self._store.counts(row.key)
+        record = operator_service_pb2.RoundRecord(
+            round_number=row.round_number,
+            attempt=row.attempt,
+            state=_round_state(row.state),
+            reason=row.reason,
+            uploads=counts.accepted,
+            rejected=counts.rejected,
+            contributors=row.contributors,
+            sums_sha256=row.sums_sha256,
+            model_version=row.model_version,
+            upload_bytes=counts.accepted * payload_bytes,
+            aggregate_ms=row.aggregate_ms,
+            decrypt_ms=row.decrypt_ms,
+        )
+        record.created_at.FromDatetime(row.created_at)
+        if row.ended_at:
+            record.ended_at.FromDatetime(row.ended_at)
+        return record
+
+    @translated
+    async def AbortTask(
+        self, request: operator_service_pb2.AbortTaskRequest, context: _Context
+    ) -> operator_service_pb2.AbortTaskResponse:
+        """See the contract."""
+        await asyncio.to_thread(self._store.task, request.task_id)
+        await self._coordinator.abort(request.task_id)
+        row = await asyncio.to_thread(self._store.task, request.task_id)
+        return operator_service_pb2.AbortTaskResponse(state=_task_state(row.state))
+
+    @translated
+    async def GetSums(
+        self, request: operator_service_pb2.GetSumsRequest, context: _Context
+    ) -> AsyncIterator[operator_service_pb2.GetSumsResponse]:
+        """See the contract."""
+        row, data = await asyncio.to_thread(self._sums, request)
+        for index in range(piece_count(len(data))):
+            yield operator_service_pb2.GetSumsResponse(
+                data=piece(data, index), contributors=row.contributors
+            )
+
+    def _sums(self, request: operator_service_pb2.GetSumsRequest) -> tuple[RoundRow, bytes]:
+        rounds = self._store.rounds(self._store.task(request.task_id).task_id)
+        for row in rounds:
+            if row.round_number == request.round_number and row.state is RoundState.DONE:
+                return row, self._blobs.sums(request.task_id, request.round_number)
+        raise ClosedError("expected a finished round; this one has no result")
+
+
+async def _first_spec(
+    requests: AsyncIterator[operator_service_pb2.CreateTaskRequest],
+) -> TaskSpec:
+    async for request in requests:
+        if request.WhichOneof("part") == "spec":
+            return TaskSpec.from_wire(request.spec)
+        break
+    raise MalformedError("expected the task's specification in the first message")
+
+
+async def _model_bytes(
+    requests: AsyncIterator[operator_service_pb2.CreateTaskRequest], spec: TaskSpec
+) -> bytes:
+    """The initial model: exactly the plan's parameters, or zeros when none is sent."""
+    received = bytearray()
+    async for request in requests:
+        if request.WhichOneof("part") != "model_data":
+            raise MalformedError("expected the initial model after the specification")
+        if len(received) + len(request.model_data) > spec.model_bytes:
+            raise MalformedError(f"expected an initial model of {spec.model_bytes} bytes; got more")
+        received += request.model_data
+    if not received:
+        return bytes(spec.model_bytes)
+    model_from_bytes(bytes(received), spec.model.parameters if spec.model else 0)
+    return bytes(received)
+
+
+def _task_status(row: TaskRow) -> operator_service_pb2.TaskStatus:
+    status = operator_service_pb2.TaskStatus(
+        spec=row.task_spec().to_wire(),
+        state=_task_state(row.state),
+        rounds_done=row.rounds_done,
+        model_version=row.model_version,
+        reason=row.reason,
+    )
+    status.created_at.FromDatetime(row.created_at)
+    return status
+
+
+# Protobuf takes an enum's value by its name.
+
+
+def _task_state(state: TaskState) -> str:
+    return f"TASK_STATE_{state}"
+
+
+def _round_state(state: RoundState) -> str:
+    return f"ROUND_STATE_{state}"
+
+
+def _upload_state(state: UploadState) -> str:
+    return f"UPLOAD_STATE_{state}"
