@@ -137,7 +137,7 @@ class KeyHolder:
             return self._released[1]
         self._check_cohort(upload_digests)
         sums = self._open_sum([self._opened[name].seed for name in upload_digests], residues)
-        release = Release(self.context, len(upload_digests), sums)
+        release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
         return release

@@ -13,10 +13,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg.context import RoundContext
 from secagg.errors import ReleaseError, SchemaError
-from secagg.parameters import FloatSegment, IntegerSegment
-from secagg.quantize import dequantize_integers, dequantize_update
+from secagg.parameters import FloatSegment, IntegerSegment, Plan
+from secagg.quantize import dequantize_integers, dequantize_update, flatten
 
 __all__ = ["Release", "sums_sha256"]
 
@@ -36,13 +35,15 @@ class Release:
     """The opened sum of one round.
 
     Attributes:
-        context: the round.
+        plan: what was summed.
+        rotation: the round's public string (see `context.rotation_string`).
         contributors: distinct clients in the sum.
         sums: int64 of shape (segment.values,) for each segment: exactly the sum of the clients'
             integers, still rotated or signed.
     """
 
-    context: RoundContext
+    plan: Plan = field(repr=False)
+    rotation: bytes = field(repr=False)
     contributors: int
     sums: tuple[NDArray[np.int64], ...] = field(repr=False)
 
@@ -62,9 +63,22 @@ class Release:
             ReleaseError: the summed weight is impossible; a client did not follow the plan.
         """
         segment, total = self._segment(FloatSegment, name)
-        tensors, weight = dequantize_update(segment, total, rotation=self.context.rotation)
+        tensors, weight = dequantize_update(segment, total, rotation=self.rotation)
         divisor = self._checked_weight(segment, weight)
         return {key: value / divisor for key, value in tensors.items()}
+
+    def applied_to(self, model: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The next model: this one plus the mean update (FedAvg, McMahan et al. 2017).
+
+        Args:
+            model: float32 of shape (segment.parameters,), in the canonical order of the plan's one
+                float segment.
+
+        Raises:
+            SchemaError, ReleaseError: see :meth:`mean`.
+        """
+        segment, _ = self._segment(FloatSegment, None)
+        return model + flatten(segment, self.mean())
 
     def weight(self, name: str | None = None) -> float:
         """Sum of the weights, each in (0, 1]; the number of contributors when equal.
@@ -73,7 +87,7 @@ class Release:
             SchemaError, ReleaseError: see :meth:`mean`.
         """
         segment, total = self._segment(FloatSegment, name)
-        _, weight = dequantize_update(segment, total, rotation=self.context.rotation)
+        _, weight = dequantize_update(segment, total, rotation=self.rotation)
         return self._checked_weight(segment, weight)
 
     def _checked_weight(self, segment: FloatSegment, weight: float) -> float:
@@ -96,17 +110,17 @@ class Release:
             SchemaError: no such integer segment.
         """
         segment, total = self._segment(IntegerSegment, name)
-        return dequantize_integers(segment, total, rotation=self.context.rotation)
+        return dequantize_integers(segment, total, rotation=self.rotation)
 
     def _segment(self, kind: type[_S], name: str | None) -> tuple[_S, NDArray[np.int64]]:
         found = [
             (segment, total)
-            for segment, total in zip(self.context.plan.segments, self.sums, strict=True)
+            for segment, total in zip(self.plan.segments, self.sums, strict=True)
             if isinstance(segment, kind) and name in (None, segment.name)
         ]
         if len(found) != 1:
             raise SchemaError(
                 f"expected the name of one {kind.__name__}; got {name!r} for segments "
-                f"{[segment.name for segment in self.context.plan.segments]}"
+                f"{[segment.name for segment in self.plan.segments]}"
             )
         return found[0]

@@ -36,7 +36,7 @@ class Program:
         # depend on how many threads computed them.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 - our own program, no shell
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -53,7 +53,9 @@ class Program:
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while not ready():
             if self.process.poll() is not None or time.monotonic() > give_up_at:
-                raise UnavailableError(f"expected the program to start; its log says: {self.tail()}")
+                raise UnavailableError(
+                    f"expected the program to start; its log says: {self.tail()}"
+                )
             time.sleep(_POLL_S)
 
     def tail(self) -> str:

@@ -86,13 +86,13 @@ class Rounds:
         holder = self._require(context)
         return [_judged(holder, admission) for admission in admissions]
 
-    def expected_bytes(self, context: ContextId) -> int:
-        """Exact size of a sum of this round.
+    def plan(self, context: ContextId) -> Plan:
+        """What the open round computes on.
 
         Raises:
             ClosedError, ContextError: not the open round.
         """
-        return self._require(context).context.plan.payload_bytes
+        return self._require(context).context.plan
 
     def release(
         self, context: ContextId, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]

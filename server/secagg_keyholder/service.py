@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
+from secagg.context import ContextId
 from secagg.errors import MalformedError
-from secagg.parameters import BLOCK_BYTES
 from secagg.residues import widen
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
@@ -82,14 +85,11 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         self, request_iterator: AsyncIterator[pb.ReleaseRequest], context: _Context
     ) -> AsyncIterator[pb.ReleaseResponse]:
         """See the contract."""
-        manifest = await _manifest(request_iterator)
-        round_context = context_id_from_wire(manifest.context)
-        digests = [exact("upload_digest", d, DIGEST_BYTES) for d in manifest.upload_digests]
-        size = self._rounds.expected_bytes(round_context)
-        residues = widen(await _received(request_iterator, size), size // BLOCK_BYTES)
+        received = await _received(request_iterator, self._rounds)
+        round_context = received.context
         async with self._lock:
             opening = await asyncio.to_thread(
-                self._rounds.release, round_context, digests, residues
+                self._rounds.release, round_context, received.upload_digests, received.residues
             )
         _LOG.info(
             "round_released",
@@ -115,24 +115,39 @@ def _verdict(upload_digest: bytes, reason: str) -> round_pb2.Verdict:
     return round_pb2.Verdict(upload_digest=upload_digest, state=state, reason=reason)
 
 
-async def _manifest(requests: AsyncIterator[pb.ReleaseRequest]) -> pb.Manifest:
-    async for request in requests:
-        if request.WhichOneof("part") == "manifest":
-            return request.manifest
-        break
-    raise MalformedError("expected the manifest in the first message")
+@dataclass(frozen=True, slots=True)
+class _Received:
+    context: ContextId
+    upload_digests: list[bytes]
+    residues: NDArray[np.uint64]
 
 
-async def _received(requests: AsyncIterator[pb.ReleaseRequest], size: int) -> bytes:
-    """The summed ciphertexts: not a byte more than the plan prescribes is kept."""
-    received = bytearray()
+async def _received(requests: AsyncIterator[pb.ReleaseRequest], rounds: Rounds) -> _Received:
+    """A manifest and the sum over it: not a byte more than the plan prescribes is kept."""
+    context: ContextId | None = None
+    digests: list[bytes] = []
+    data = bytearray()
     async for request in requests:
-        if request.WhichOneof("part") != "residues":
-            raise MalformedError("expected summed ciphertexts after the manifest")
-        if len(received) + len(request.residues) > size:
-            raise MalformedError(f"expected a sum of {size} bytes; got more")
-        received += request.residues
-    return bytes(received)
+        part = request.WhichOneof("part")
+        if part == "manifest" and not data:
+            named = context_id_from_wire(request.manifest.context)
+            plan = rounds.plan(named)
+            context = named
+            digests += [
+                exact("upload_digest", name, DIGEST_BYTES)
+                for name in request.manifest.upload_digests
+            ]
+            if len(digests) > plan.max_clients:
+                raise MalformedError(f"expected at most {plan.max_clients} uploads; got more")
+        elif part == "residues" and context is not None:
+            if len(data) + len(request.residues) > plan.payload_bytes:
+                raise MalformedError(f"expected a sum of {plan.payload_bytes} bytes; got more")
+            data += request.residues
+        else:
+            raise MalformedError("expected the manifest first, then the sum; got another order")
+    if context is None:
+        raise MalformedError("expected a manifest and a sum; got nothing")
+    return _Received(context, digests, widen(data, plan.blocks))
 
 
 def _pieces(opening: Opening) -> list[pb.ReleaseResponse]:

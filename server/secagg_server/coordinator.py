@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from secagg.context import NO_MODEL, RoundContext
 from secagg.errors import QuorumError, SecaggError
 from secagg.parameters import FloatSegment
-from secagg.quantize import flatten
 from secagg.release import Release
 from secagg.residues import ResidueSum, widen
 from secagg.upload import Admission
@@ -191,10 +190,12 @@ class Coordinator:
         released: ReleasedSums,
         aggregate_ms: float,
     ) -> None:
-        release = Release(context, released.contributors, released.sums)
+        release = Release(context.plan, context.rotation, released.contributors, released.sums)
         task = self._store.task(spec.task_id)
         if spec.model:
-            self._put_next_model(spec, spec.model, task.model_version, release)
+            model = self._model(spec, spec.model, task.model_version)
+            data = model_to_bytes(release.applied_to(model))
+            self._blobs.put_model(spec.task_id, task.model_version + 1, data)
         self._blobs.put_sums(spec.task_id, row.round_number, sums_to_bytes(released.sums))
         version = self._store.finish_round(
             row.key,
@@ -212,13 +213,8 @@ class Coordinator:
             model_version=version,
         )
 
-    def _put_next_model(
-        self, spec: TaskSpec, segment: FloatSegment, version: int, release: Release
-    ) -> None:
-        """FedAvg: the weighted mean of the updates, added to the model."""
-        model = model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
-        updated = model + flatten(segment, release.mean())
-        self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(updated))
+    def _model(self, spec: TaskSpec, segment: FloatSegment, version: int) -> NDArray[np.float32]:
+        return model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
 
 
 def _check_quorum(context: RoundContext, uploads: int) -> None:

@@ -31,6 +31,7 @@ from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
 __all__ = ["KeyHolderClient", "KeyHolderStub", "Opened", "ReleasedSums"]
 
 JUDGE_BATCH = 256
+MANIFEST_BATCH = 16_384
 _CALL_TIMEOUT_S = 30.0
 _RELEASE_TIMEOUT_S = 600.0
 
@@ -173,8 +174,10 @@ class KeyHolderClient:
 async def _release_requests(
     context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
 ) -> AsyncIterator[pb.ReleaseRequest]:
-    manifest = pb.Manifest(context=context_id_to_wire(context.id), upload_digests=upload_digests)
-    yield pb.ReleaseRequest(manifest=manifest)
+    name = context_id_to_wire(context.id)
+    for start in range(0, len(upload_digests), MANIFEST_BATCH):
+        part = upload_digests[start : start + MANIFEST_BATCH]
+        yield pb.ReleaseRequest(manifest=pb.Manifest(context=name, upload_digests=part))
     start = 0
     for index in range(context.plan.chunks):
         blocks = context.plan.chunk_blocks(index)

@@ -1,0 +1,179 @@
+"""The `secagg-client` command: join a task with a silo of users, and recommend from its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from secagg import logs
+from secagg.commands import (
+    OutputFormat,
+    err,
+    exits_cleanly,
+    out,
+    print_json,
+    print_table,
+    version,
+)
+from secagg.settings import load
+from secagg_client.config import ClientSettings
+
+__all__ = ["app"]
+
+app = typer.Typer(help="A client: trains on its own data.", no_args_is_help=True)
+
+_CONFIG = Annotated[Path | None, typer.Option(help="TOML file with this client's settings")]
+_SERVER = Annotated[str | None, typer.Option(help="host:port of the server")]
+_TASK = Annotated[str | None, typer.Option(help="the task")]
+_DATASET = Annotated[str | None, typer.Option(help="ml-100k or marketplace")]
+_DATA_DIR = Annotated[Path | None, typer.Option(help="folder of the data")]
+_STATE_DIR = Annotated[Path | None, typer.Option(help="identity key and private user vectors")]
+_SILO = Annotated[int | None, typer.Option(help="which silo of users this is, from 0")]
+_SILOS = Annotated[int | None, typer.Option(help="silos in all")]
+_SEED = Annotated[int | None, typer.Option(help="of partition, start and sampling")]
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@exits_cleanly
+def join(
+    config: _CONFIG = None,
+    server: _SERVER = None,
+    task: _TASK = None,
+    dataset: _DATASET = None,
+    data_dir: _DATA_DIR = None,
+    state_dir: _STATE_DIR = None,
+    silo: _SILO = None,
+    silos: _SILOS = None,
+    dimensions: Annotated[int | None, typer.Option(help="length of the vectors")] = None,
+    seed: _SEED = None,
+    repeatable_seed: Annotated[
+        int | None, typer.Option(help="round repeatably; for demos on one machine only")
+    ] = None,
+) -> None:
+    """Take part in a task: train, encrypt and upload, round after round, until it ends."""
+    settings = load(
+        ClientSettings,
+        config,
+        {
+            "server": server,
+            "task": task,
+            "dataset": dataset,
+            "data_dir": data_dir,
+            "state_dir": state_dir,
+            "silo": silo,
+            "silos": silos,
+            "seed": seed,
+            "dimensions": dimensions,
+            "repeatable_seed": repeatable_seed,
+        },
+    )
+    logs.configure(settings.log_level)
+    # Torch loads in seconds; a wrong setting should not have to wait for it.
+    from secagg_client.participate import RoundReport, participate
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("rounds", total=None)
+
+        def on_round(report: RoundReport, total: int) -> None:
+            progress.update(
+                bar,
+                total=total,
+                completed=report.round_number,
+                description=f"{report.upload_bytes / 1000:.0f} kB, "
+                f"encrypted in {report.encrypt_s * 1000:.0f} ms",
+            )
+
+        contributed = participate(settings, on_round)
+    out.print(f"contributed to {contributed} rounds")
+
+
+@app.command()
+@exits_cleanly
+def recommend(
+    user: Annotated[str | None, typer.Option(help="a user of the data set, by its label")] = None,
+    items: Annotated[
+        str | None, typer.Option(help="an unseen user instead: labels of liked items, with commas")
+    ] = None,
+    top: Annotated[int, typer.Option(help="length of the list")] = 10,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="model .npz, such as runs/latest/model.npz; else the server's"),
+    ] = None,
+    config: _CONFIG = None,
+    server: _SERVER = None,
+    task: _TASK = None,
+    dataset: _DATASET = None,
+    data_dir: _DATA_DIR = None,
+    state_dir: _STATE_DIR = None,
+    format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
+) -> None:
+    """The best items for one user, computed on this device.
+
+    A user trained here has a vector in the state directory; for anybody else one is fitted from
+    their own items, with the shared table frozen. Nothing is sent to the server.
+    """
+    settings = load(
+        ClientSettings,
+        config,
+        {
+            "server": server,
+            "task": task,
+            "dataset": dataset,
+            "data_dir": data_dir,
+            "state_dir": state_dir,
+        },
+    )
+    from secagg_client.serve import recommend_for
+
+    rows = recommend_for(settings, user=user, items=items, top=top, model=model)
+    if format_ is OutputFormat.json:
+        print_json(
+            [
+                {"rank": row.rank, "item": row.item, "title": row.title, "score": row.score}
+                for row in rows
+            ]
+        )
+        return
+    print_table(("#", "title", "score"), [(r.rank, r.title, f"{r.score:.3f}") for r in rows])
+
+
+@app.command("model")
+@exits_cleanly
+def download(
+    output: Annotated[Path, typer.Argument(help=".npz file to write")],
+    config: _CONFIG = None,
+    server: _SERVER = None,
+    task: _TASK = None,
+) -> None:
+    """Download the task's newest model: the shared tensors, by name."""
+    settings = load(ClientSettings, config, {"server": server, "task": task})
+    from secagg.receipts import SigningKey
+    from secagg_client.session import ClientSession
+
+    with ClientSession(settings.server, settings.task, SigningKey.generate()) as session:
+        latest = session.latest_model()
+    np.savez(output, **latest.tensors)  # type: ignore[arg-type]  # names come from the plan
+    out.print(f"wrote version {latest.version} to {output}")
+
+
+if __name__ == "__main__":
+    app()

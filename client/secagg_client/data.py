@@ -1,0 +1,499 @@
+"""Interaction data on a device: loading, checking, splitting and dealing out to silos.
+
+Everything downstream works on :class:`Interactions`: contiguous integer ids and every user's
+items in time order. This module must never reach the network by itself: only
+:func:`fetch_movielens` does, and only when somebody calls it. Read ``model`` next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from secagg.errors import InputError
+
+__all__ = [
+    "NO_TEST_ITEM",
+    "DataError",
+    "DatasetName",
+    "Interactions",
+    "Split",
+    "fetch_movielens",
+    "from_events",
+    "load_dataset",
+    "load_movielens",
+    "partition_users",
+    "split_leave_one_out",
+]
+
+NO_TEST_ITEM: Final = -1
+"""Value of :attr:`Split.test_item` for users without a test item."""
+
+DatasetName = Literal["ml-100k", "marketplace"]
+
+_IdArray = npt.NDArray[np.int32]
+_CSV_NAME: Final = "ratings.csv"
+_CSV_TITLES: Final = "recbole_ml-100k.item.tsv"
+_INTER_NAME: Final = "ml-100k.inter"
+_EVENT_COLUMNS: Final = ("user_id", "item_id", "rating", "timestamp")
+_WHEEL: Final = "recbole==1.2.1"
+_WHEEL_FOLDER: Final = "recbole/dataset_example/ml-100k"
+# The wheel comes over the network, so what we unpack from it is pinned byte for byte.
+_WHEEL_FILES: Final[Mapping[str, str]] = {
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+}
+# Larger integers are not exact in the float64 that the parser goes through.
+_MAX_ID: Final = 2**53
+
+
+class DataError(InputError, ValueError):
+    """Input data, or an argument describing it, is not what the recommender can work with.
+
+    The message says what was expected, what came and what to do next.
+    """
+
+    reason = "INVALID_DATA"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Interactions:
+    """Implicit positives of a set of users, grouped by user, in time order inside a user.
+
+    *Shapes and units*: ``users`` and ``items`` are int32 arrays of the same length, contiguous
+    ids in ``[0, n_users)`` and ``[0, n_items)``; ``users`` never decreases. ``user_labels`` and
+    ``item_labels`` hold the original ids, ``item_titles`` one title an item. ``tie_rule`` says in
+    words how equal timestamps were ordered, because that order picks the test items.
+
+    Raises:
+        DataError: the arrays break a promise above, hold no row, or repeat a (user, item) pair.
+    """
+
+    name: str
+    users: _IdArray
+    items: _IdArray
+    user_labels: tuple[str, ...]
+    item_labels: tuple[str, ...]
+    item_titles: tuple[str, ...]
+    tie_rule: str
+
+    def __post_init__(self) -> None:
+        """Check once, so that nothing downstream has to."""
+        if self.users.size == 0:
+            raise DataError(
+                f"expected at least one interaction, got rows=0 in dataset={self.name!r}; "
+                "check that the source is complete"
+            )
+        _check_ids("users", self.users, self.n_users)
+        _check_ids("items", self.items, self.n_items)
+        self._check_structure()
+
+    @property
+    def n_users(self) -> int:
+        """Number of users, with or without interactions."""
+        return len(self.user_labels)
+
+    @property
+    def n_items(self) -> int:
+        """Number of items in the catalogue."""
+        return len(self.item_labels)
+
+    def _check_structure(self) -> None:
+        """Lengths, grouping and uniqueness."""
+        if self.users.shape != self.items.shape or len(self.item_titles) != self.n_items:
+            raise DataError(
+                "expected one item per user entry and one title per item, got "
+                f"users={self.users.shape} items={self.items.shape} "
+                f"titles={len(self.item_titles)} n_items={self.n_items}; build with from_events()"
+            )
+        if np.any(np.diff(self.users) < 0):
+            raise DataError(
+                "expected rows grouped by user in ascending order, got users out of order; "
+                "build with from_events()"
+            )
+        pairs = self.users.astype(np.int64) * self.n_items + self.items
+        if np.unique(pairs).size != pairs.size:
+            raise DataError(
+                "expected every (user, item) pair once, got "
+                f"repeated={pairs.size - np.unique(pairs).size}; build with from_events(), which "
+                "keeps the latest event of a pair"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Leave-one-out split: every user's latest item is the test item, all others are training.
+
+    *Shapes*: ``train_users`` and ``train_items`` int32, same length, grouped by user in time
+    order; ``test_item`` int32 of shape ``(n_users,)``, :data:`NO_TEST_ITEM` where a user has
+    fewer than two interactions (the single one stays in training).
+    """
+
+    train_users: _IdArray
+    train_items: _IdArray
+    test_item: _IdArray
+    n_users: int
+    n_items: int
+
+    def items_of(self, user: int) -> _IdArray:
+        """Training items of one user in time order, int32."""
+        start, stop = np.searchsorted(self.train_users, [user, user + 1])
+        return self.train_items[start:stop]
+
+
+def from_events(
+    name: str,
+    users: npt.ArrayLike,
+    items: npt.ArrayLike,
+    timestamps: npt.ArrayLike,
+    *,
+    titles: Mapping[int, str] | None = None,
+    tie_rule: str = "equal timestamps: the earlier row counts as the later event",
+) -> Interactions:
+    """Build :class:`Interactions` from raw events with integer ids, one row an event.
+
+    Ids become contiguous in ascending numeric order. Of equal timestamps **the row that comes
+    first counts as the later event**: the published reference numbers for MovieLens use that
+    order, and 415 of its 943 test items depend on it. A repeated (user, item) pair keeps its
+    latest event only, so that a test item can never be a training item too.
+
+    *Shapes and units*: three sequences of the same length; ids are integers; any time unit.
+
+    Raises:
+        DataError: there is no event, lengths differ, an id is no integer or a time not finite.
+    """
+    frame = pd.DataFrame(_checked_events(users, items, timestamps))
+    # Reversed, then sorted stably: the first row of a tie ends up last.
+    ordered = frame.iloc[::-1].sort_values(["user", "time"], kind="stable")
+    ordered = ordered.drop_duplicates(["user", "item"], keep="last")
+    user_ids, user_codes = np.unique(ordered["user"].to_numpy(), return_inverse=True)
+    item_ids, item_codes = np.unique(ordered["item"].to_numpy(), return_inverse=True)
+    known = titles or {}
+    return Interactions(
+        name=name,
+        users=user_codes.astype(np.int32),
+        items=item_codes.astype(np.int32),
+        user_labels=tuple(str(label) for label in user_ids),
+        item_labels=tuple(str(label) for label in item_ids),
+        item_titles=tuple(known.get(int(label), f"Item {label}") for label in item_ids),
+        tie_rule=tie_rule,
+    )
+
+
+def split_leave_one_out(interactions: Interactions) -> Split:
+    """Hold out every user's latest item; users with one interaction keep it for training."""
+    users, items = interactions.users, interactions.items
+    counts = np.bincount(users, minlength=interactions.n_users)
+    is_last = np.append(users[1:] != users[:-1], True)
+    held_out = is_last & (counts[users] >= 2)
+    test_item = np.full(interactions.n_users, NO_TEST_ITEM, dtype=np.int32)
+    test_item[users[held_out]] = items[held_out]
+    return Split(
+        train_users=users[~held_out],
+        train_items=items[~held_out],
+        test_item=test_item,
+        n_users=interactions.n_users,
+        n_items=interactions.n_items,
+    )
+
+
+def partition_users(n_users: int, n_silos: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Deal users out to silos at random; sizes differ by at most one.
+
+    Returns ``n_silos`` ascending int64 arrays that together hold ``0 … n_users − 1`` once each.
+
+    Raises:
+        DataError: there is no silo, or a silo would be empty.
+    """
+    if not 1 <= n_silos <= n_users:
+        raise DataError(
+            f"expected 1 <= n_silos <= n_users, got n_silos={n_silos} n_users={n_users}; "
+            "ask for fewer silos or load more users"
+        )
+    order = np.random.default_rng(seed).permutation(n_users)
+    return [np.sort(part).astype(np.int64) for part in np.array_split(order, n_silos)]
+
+
+def load_dataset(source: str, data_dir: Path | str | None = None) -> Interactions:
+    """Load ``"marketplace"`` (generated, needs no files) or ``"ml-100k"`` from ``data_dir``.
+
+    ``data_dir`` is the MovieLens folder itself or a folder that holds it as ``ml-100k/``. Nothing
+    is downloaded: see :func:`fetch_movielens`.
+
+    Raises:
+        DataError: unknown source, no folder given where one is needed, or unusable files.
+    """
+    if source == "marketplace":
+        # Imported here: the generator builds on the types of this module.
+        from secagg_client.marketplace import generate_marketplace
+
+        return generate_marketplace()
+    if source != "ml-100k":
+        raise DataError(
+            f"expected source 'ml-100k' or 'marketplace', got source={source!r}; pick one of them"
+        )
+    if data_dir is None:
+        raise DataError(
+            "expected a folder with MovieLens 100K, got data_dir=None; pass one, or call "
+            "fetch_movielens(cache_dir) and pass what it returns"
+        )
+    nested = Path(data_dir) / "ml-100k"
+    return load_movielens(nested if nested.is_dir() else data_dir)
+
+
+def load_movielens(path: Path | str) -> Interactions:
+    """Load MovieLens 100K from a folder or one file; every rating counts as a positive.
+
+    Formats: ``ratings.csv`` (``user,item,rating,timestamp``, no header, titles from
+    ``recbole_ml-100k.item.tsv`` beside it) and RecBole's ``ml-100k.inter`` (tab separated, header
+    such as ``user_id:token``, titles from the ``.item`` file beside it). A folder is searched in
+    that order. Both hold the same rows in different orders, so tied timestamps resolve
+    differently and so do the test items of hundreds of users: ``tie_rule`` of the result names
+    the file that decided. Ratings are read as implicit feedback whatever their value, as the
+    reference numbers do; missing titles become ``Item <id>``.
+
+    Raises:
+        DataError: no such file, unknown format, missing columns, no rows, or an id, rating or
+            timestamp that is not a number.
+    """
+    file = _movielens_file(Path(path))
+    if file.suffix == ".inter":
+        events = _events_of(file, _read_table(file, sep="\t", header=0), first_line=2)
+        title_file = file.with_suffix(".item")
+    else:
+        events = _events_of(file, _read_table(file, sep=",", header=None), first_line=1)
+        title_file = file.with_name(_CSV_TITLES)
+    return from_events(
+        "ml-100k",
+        events["user_id"],
+        events["item_id"],
+        events["timestamp"],
+        titles=_titles_of(title_file) if title_file.is_file() else None,
+        tie_rule=f"equal timestamps: the earlier row of {file.name} counts as the later event",
+    )
+
+
+def fetch_movielens(cache_dir: Path | str, *, timeout_s: float = 120.0) -> Path:
+    """Download MovieLens 100K into ``cache_dir`` once; return a folder for load_movielens().
+
+    The data comes out of the wheel ``recbole==1.2.1`` on the Python package index, fetched by the
+    ordinary ``pip`` in a subprocess, without dependencies and without installing or running any
+    of it; the files taken from it are pinned by SHA-256. GroupLens licenses the data for research
+    and forbids redistribution: keep the cache out of anything you publish. Rows are in another
+    order than in ``ratings.csv``: see :func:`load_movielens` on ties.
+
+    Raises:
+        DataError: pip failed or took longer than ``timeout_s``, or the wheel does not hold the
+            expected bytes.
+    """
+    folder = Path(cache_dir) / "ml-100k"
+    if all(_has_digest(folder / name, digest) for name, digest in _WHEEL_FILES.items()):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = _download_wheel(Path(scratch), timeout_s)
+        contents = {name: _member(wheel, name) for name in _WHEEL_FILES}
+    for name, content in contents.items():
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
+    return folder
+
+
+def _checked_events(
+    users: npt.ArrayLike, items: npt.ArrayLike, timestamps: npt.ArrayLike
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Columns of equal length and the right kind."""
+    columns = {"user": np.asarray(users), "item": np.asarray(items), "time": np.asarray(timestamps)}
+    shapes = {column: values.shape for column, values in columns.items()}
+    if len(set(shapes.values())) != 1 or columns["user"].ndim != 1:
+        raise DataError(
+            f"expected three sequences of one length, got shapes={shapes}; pass one row an event"
+        )
+    if columns["user"].size == 0:
+        raise DataError(
+            "expected at least one event, got rows=0; check that the source is complete"
+        )
+    kinds = "".join(columns[column].dtype.kind for column in ("user", "item"))
+    if not set(kinds) <= set("iu"):
+        raise DataError(f"expected integer user and item ids, got dtype kinds={kinds!r}; cast them")
+    if columns["time"].dtype.kind not in "iuf" or not np.isfinite(columns["time"]).all():
+        raise DataError(
+            f"expected finite numeric timestamps, got dtype={columns['time'].dtype}; repair them"
+        )
+    return columns
+
+
+def _check_ids(field: str, ids: _IdArray, bound: int) -> None:
+    """Refuse ids of another type or outside ``[0, bound)``."""
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise DataError(
+            f"expected {field} as one-dimensional int32, got dtype={ids.dtype} "
+            f"ndim={ids.ndim}; build with from_events()"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= bound):
+        raise DataError(
+            f"expected {field} in [0, {bound}), got min={ids.min()} max={ids.max()}; "
+            "give every id a label"
+        )
+
+
+def _movielens_file(path: Path) -> Path:
+    """The ratings file that ``path`` means."""
+    if path.is_dir():
+        for name in (_CSV_NAME, _INTER_NAME):
+            if (path / name).is_file():
+                return path / name
+        raise DataError(
+            f"expected {_CSV_NAME} or {_INTER_NAME} in the folder, got neither in path={path}; "
+            "pass the folder that holds one, or call fetch_movielens(cache_dir)"
+        )
+    if not path.is_file():
+        raise DataError(
+            f"expected a MovieLens folder or file, got path={path}, which does not exist; "
+            "check the path, or call fetch_movielens(cache_dir)"
+        )
+    if path.suffix not in {".csv", ".inter"}:
+        raise DataError(
+            f"expected a .csv or .inter file, got path={path}; convert it to one of these formats"
+        )
+    return path
+
+
+def _read_table(file: Path, *, sep: str, header: int | None) -> pd.DataFrame:
+    """Read a file as text cells, unparsed, so that errors can quote what the file says."""
+    try:
+        return pd.read_csv(
+            file,
+            sep=sep,
+            header=header,
+            dtype=str,
+            keep_default_na=False,
+            quoting=3,  # csv.QUOTE_NONE: a stray quote in a title must not swallow rows.
+            skip_blank_lines=False,
+        )
+    except pd.errors.EmptyDataError as error:
+        raise DataError(
+            f"expected at least one row, got an empty file={file}; restore the file"
+        ) from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"expected a UTF-8 table with the same number of columns in every row, got "
+            f"file={file}: {error}; repair or replace the file"
+        ) from error
+
+
+def _events_of(file: Path, table: pd.DataFrame, *, first_line: int) -> pd.DataFrame:
+    """Named numeric event columns of a text table."""
+    if table.columns.dtype != np.int64:
+        # RecBole writes the type behind the name: user_id:token.
+        table = table.rename(columns=lambda column: str(column).split(":")[0])
+    elif table.shape[1] == len(_EVENT_COLUMNS):
+        table.columns = pd.Index(_EVENT_COLUMNS)
+    missing = [column for column in _EVENT_COLUMNS if column not in table.columns]
+    if missing:
+        raise DataError(
+            f"expected columns {', '.join(_EVENT_COLUMNS)}, got columns={table.shape[1]} in "
+            f"file={file}, missing={', '.join(missing)}; check the separator and the format"
+        )
+    if table.empty:
+        raise DataError(f"expected at least one row, got rows=0 in file={file}; restore the file")
+    return pd.DataFrame(
+        {column: _numbers(file, table[column], column, first_line) for column in _EVENT_COLUMNS}
+    )
+
+
+def _numbers(
+    file: Path, cells: pd.Series[str], column: str, first_line: int
+) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
+    """One column as numbers: int64 for ids, float64 otherwise; quotes the first bad cell."""
+    values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
+    is_id = column.endswith("_id")
+    good = np.isfinite(values)
+    if is_id:
+        with np.errstate(invalid="ignore"):
+            good &= (values == np.floor(values)) & (np.abs(values) < _MAX_ID)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise DataError(
+            f"expected {'an integer' if is_id else 'a number'} as {column}, got "
+            f"{str(cells.iloc[row])[:40]!r} in line={row + first_line} of file={file}; "
+            "repair or remove that line (no header line in a .csv)"
+        )
+    return values.astype(np.int64) if is_id else values
+
+
+def _titles_of(file: Path) -> dict[int, str]:
+    """Item id → title with year, from RecBole's item table; rows without a title are left out."""
+    table = _read_table(file, sep="\t", header=0)
+    table = table.rename(columns=lambda column: str(column).split(":")[0])
+    if not {"item_id", "movie_title"} <= set(table.columns):
+        raise DataError(
+            f"expected columns item_id and movie_title, got {', '.join(table.columns)} in "
+            f"file={file}; repair the file, or remove it to go without titles"
+        )
+    ids = _numbers(file, table["item_id"], "item_id", 2)
+    years: Sequence[str] = table.get("release_year", pd.Series([""] * len(table))).tolist()
+    rows = zip(ids.tolist(), table["movie_title"].tolist(), years, strict=True)
+    return {
+        int(item): f"{title} ({year})" if year.strip() else title
+        for item, title, year in rows
+        if title.strip()
+    }
+
+
+def _has_digest(file: Path, digest: str) -> bool:
+    """Whether the file exists and has this SHA-256."""
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+def _download_wheel(folder: Path, timeout_s: float) -> Path:
+    """Let pip put the wheel into ``folder``."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder), _WHEEL]
+    advice = "check the network, or put ratings.csv or ml-100k.inter into a folder and pass that"
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments, no shell
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(
+            f"expected pip to fetch {_WHEEL}, got no answer in timeout_s={timeout_s}; {advice}"
+        ) from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = done.stderr.strip().splitlines()
+        raise DataError(
+            f"expected pip to fetch {_WHEEL}, got exit={done.returncode}: "
+            f"{lines[-1] if lines else 'no message'}; {advice}"
+        )
+    return wheels[0]
+
+
+def _member(wheel: Path, name: str) -> bytes:
+    """One pinned file out of the wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(f"{_WHEEL_FOLDER}/{name}")
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"expected {name} in {wheel.name}, got {error}; clear pip's cache and fetch again"
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != _WHEEL_FILES[name]:
+        raise DataError(
+            f"expected {name} with SHA-256 {_WHEEL_FILES[name]}, got sha256={digest}; do not use "
+            "this file: clear pip's cache and fetch again from a trusted index"
+        )
+    return content

@@ -1,0 +1,183 @@
+"""A silo of users in a task: train, contribute, remember; and recommend afterwards.
+
+What stays on the device: interactions, user vectors, sample counts, losses. What leaves it: an
+encrypted, weighted update of the shared item table. The private state is kept per round, so that
+another attempt at a round trains from the same start and gives the same update.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+
+from secagg.context import RoundContext
+from secagg.errors import ClosedError, DuplicateError
+from secagg.receipts import SigningKey
+from secagg.sampling import Stream
+from secagg_client.config import ClientSettings
+from secagg_client.data import (
+    DataError,
+    Interactions,
+    load_dataset,
+    partition_users,
+    split_leave_one_out,
+)
+from secagg_client.model import Silo, TrainConfig
+from secagg_client.repeatable import repeatable_rounding
+from secagg_client.session import ClientSession, CurrentRound
+
+__all__ = ["RoundReport", "StateDir", "load_silo", "participate", "train_config"]
+
+_LOG = structlog.get_logger(__name__)
+_KEPT_STATES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What a round cost this client, in seconds and bytes; says nothing about its data."""
+
+    round_number: int
+    train_s: float
+    quantize_s: float
+    encrypt_s: float
+    upload_s: float
+    upload_bytes: int
+
+
+class StateDir:
+    """A client's private files, readable by their owner only."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def identity(self) -> SigningKey:
+        """The client's signing key, made at the first call."""
+        path = self._root / "identity.key"
+        if not path.exists():
+            self._write(path, SigningKey.generate().to_bytes())
+        return SigningKey.from_bytes(path.read_bytes())
+
+    def save_vectors(self, round_number: int, state: bytes) -> None:
+        """Keep the user vectors as they are after a round, and those of the round before."""
+        self._write(self._root / f"vectors-{round_number}.npz", state)
+        for old in self._rounds()[:-_KEPT_STATES]:
+            (self._root / f"vectors-{old}.npz").unlink()
+
+    def vectors_before(self, round_number: int) -> bytes | None:
+        """The user vectors that a round starts from; None before the first one."""
+        earlier = [number for number in self._rounds() if number < round_number]
+        return self._vectors(earlier[-1]) if earlier else None
+
+    def latest_vectors(self) -> bytes | None:
+        """The newest user vectors; None before the first round."""
+        rounds = self._rounds()
+        return self._vectors(rounds[-1]) if rounds else None
+
+    def report(self, report: RoundReport) -> None:
+        """Append a line to the client's own record of costs."""
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self._root / "costs.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
+
+    def _vectors(self, round_number: int) -> bytes:
+        return (self._root / f"vectors-{round_number}.npz").read_bytes()
+
+    def _rounds(self) -> list[int]:
+        names = (path.stem.removeprefix("vectors-") for path in self._root.glob("vectors-*.npz"))
+        return sorted(int(name) for name in names)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(".draft")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def train_config(settings: ClientSettings) -> TrainConfig:
+    """How this client trains."""
+    return TrainConfig(
+        dimensions=settings.dimensions, local_epochs=settings.local_epochs, seed=settings.seed
+    )
+
+
+def load_silo(settings: ClientSettings) -> tuple[Interactions, Silo]:
+    """The dataset and this client's part of it.
+
+    Raises:
+        DataError: the data cannot be used, or there is no such silo.
+    """
+    interactions = load_dataset(settings.dataset, settings.data_dir)
+    split = split_leave_one_out(interactions)
+    parts = partition_users(split.n_users, settings.silos, settings.seed)
+    if settings.silo >= len(parts):
+        raise DataError(f"expected a silo below {len(parts)}; got silo={settings.silo}")
+    return interactions, Silo(settings.silo, split, parts[settings.silo], train_config(settings))
+
+
+def participate(settings: ClientSettings, on_round: Callable[[RoundReport, int], None]) -> int:
+    """Take part in every round of the task until it ends.
+
+    Args:
+        on_round: called after each contribution with its cost and the number of rounds in all.
+
+    Returns:
+        Rounds contributed to.
+
+    Raises:
+        SecaggError: the data cannot be used, or the task has failed or cannot be reached.
+    """
+    _, silo = load_silo(settings)
+    state = StateDir(settings.state_dir)
+    rounding = _rounding(settings)
+    contributed = 0
+    with ClientSession(
+        settings.server, settings.task, state.identity(), rounding=rounding
+    ) as session:
+        for current in session.rounds():
+            report = _take_part(current, silo, state)
+            if report is not None:
+                contributed += 1
+                on_round(report, current.rounds_total)
+    return contributed
+
+
+def _rounding(settings: ClientSettings) -> Callable[[RoundContext], Stream] | None:
+    seed = settings.repeatable_seed
+    if seed is None:
+        return None
+    return lambda context: repeatable_rounding(seed, settings.silo, context.id.round_number)
+
+
+def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundReport | None:
+    """Train and contribute; None when the round went on without this client."""
+    before = state.vectors_before(current.number)
+    if before is not None:
+        silo.restore(before)
+    started = time.perf_counter()
+    trained = silo.train(current.model.tensors, current.number)
+    train_s = time.perf_counter() - started
+    try:
+        cost = current.contribute({"update": trained.update}, samples=trained.samples)
+    except (ClosedError, DuplicateError) as error:
+        _LOG.warning("round_missed", round=current.number, why=error.reason)
+        return None
+    state.save_vectors(current.number, silo.state())
+    report = RoundReport(
+        current.number,
+        train_s,
+        cost.quantize_s,
+        cost.encrypt_s,
+        cost.upload_s,
+        cost.upload_bytes,
+    )
+    state.report(report)
+    return report
