@@ -118,7 +118,6 @@ def _write(output: Path, results: dict[str, Any], encrypted: EncryptedRun) -> No
         # metrics can be computed again; in real use no one holds them all.
         np.savez(
             model,
-            allow_pickle=False,
             item_factors=encrypted.shared["item_factors"],
             item_bias=encrypted.shared["item_bias"],
             user_factors=encrypted.user_vectors,
