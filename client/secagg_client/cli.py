@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ _DATA_DIR = Annotated[Path | None, typer.Option(help="folder of the data")]
 _STATE_DIR = Annotated[Path | None, typer.Option(help="identity key and private user vectors")]
 _SILO = Annotated[int | None, typer.Option(help="which silo of users this is, from 0")]
 _SILOS = Annotated[int | None, typer.Option(help="silos in all")]
+_DIMENSIONS = Annotated[int | None, typer.Option(help="length of user and item vectors")]
 _SEED = Annotated[int | None, typer.Option(help="of partition, start and sampling")]
 
 
@@ -57,7 +59,7 @@ def join(
     state_dir: _STATE_DIR = None,
     silo: _SILO = None,
     silos: _SILOS = None,
-    dimensions: Annotated[int | None, typer.Option(help="length of the vectors")] = None,
+    dimensions: _DIMENSIONS = None,
     seed: _SEED = None,
     repeatable_seed: Annotated[
         int | None, typer.Option(help="round repeatably; for demos on one machine only")
@@ -106,6 +108,38 @@ def join(
     out.print(f"contributed to {contributed} rounds")
 
 
+@app.command("prepare")
+@exits_cleanly
+def prepare_command(
+    folder: Annotated[Path, typer.Argument(help="folder for task.toml and initial.npz")],
+    rounds: Annotated[int, typer.Option(help="rounds of training")] = 25,
+    config: _CONFIG = None,
+    task: _TASK = None,
+    dataset: _DATASET = None,
+    data_dir: _DATA_DIR = None,
+    silos: _SILOS = None,
+    dimensions: _DIMENSIONS = None,
+    seed: _SEED = None,
+) -> None:
+    """Write the recommender's task and initial model, for `secagg-server task create`."""
+    settings = load(
+        ClientSettings,
+        config,
+        {
+            "task": task,
+            "dataset": dataset,
+            "data_dir": data_dir,
+            "silos": silos,
+            "dimensions": dimensions,
+            "seed": seed,
+        },
+    )
+    from secagg_client.prepare import prepare
+
+    prepare(settings, folder, rounds=rounds)
+    out.print(f"wrote {folder / 'task.toml'} and {folder / 'initial.npz'}", highlight=False)
+
+
 @app.command()
 @exits_cleanly
 def recommend(
@@ -146,14 +180,10 @@ def recommend(
 
     rows = recommend_for(settings, user=user, items=items, top=top, model=model)
     if format_ is OutputFormat.json:
-        print_json(
-            [
-                {"rank": row.rank, "item": row.item, "title": row.title, "score": row.score}
-                for row in rows
-            ]
-        )
+        print_json([asdict(row) for row in rows])
         return
-    print_table(("#", "title", "score"), [(r.rank, r.title, f"{r.score:.3f}") for r in rows])
+    table = [(row.rank, row.item, row.title, f"{row.score:.3f}") for row in rows]
+    print_table(("#", "item", "title", "score"), table)
 
 
 @app.command("model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,20 @@ from secagg_client.config import ClientSettings
 from secagg_client.data import DataError, Interactions, load_dataset, split_leave_one_out
 from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
 from secagg_client.participate import StateDir, train_config
-from secagg_client.recommend import Recommendation, recommend
+from secagg_client.recommend import recommend
 from secagg_client.session import ClientSession
 
-__all__ = ["recommend_for"]
+__all__ = ["Suggestion", "recommend_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """One line of the list, with the item's own label and title."""
+
+    rank: int
+    item: str
+    title: str
+    score: float
 
 
 def recommend_for(
@@ -26,7 +37,7 @@ def recommend_for(
     items: str | None,
     top: int,
     model: Path | None,
-) -> list[Recommendation]:
+) -> list[Suggestion]:
     """The ``top`` best items for a user of the data set, or for somebody who likes ``items``.
 
     Args:
@@ -50,7 +61,10 @@ def recommend_for(
     own, vector = _history(settings, interactions, user, items)
     if vector is None:
         vector = fit_user(shared, own, train_config(settings))
-    return recommend(vector, shared, own, top, interactions.item_titles)
+    return [
+        Suggestion(row.rank, interactions.item_labels[row.item], row.title, row.score)
+        for row in recommend(vector, shared, own, top, interactions.item_titles)
+    ]
 
 
 def _read_model(file: Path) -> SharedTensors:

@@ -6,9 +6,7 @@ must not be summed twice over different cohorts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +18,7 @@ from secagg.parameters import Plan
 from secagg.release import Release
 from secagg.upload import Admission
 
-__all__ = ["Opening", "Rounds"]
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """A release and how long it took, in milliseconds."""
-
-    release: Release
-    decrypt_ms: float
+__all__ = ["Rounds"]
 
 
 class Rounds:
@@ -37,7 +27,6 @@ class Rounds:
     def __init__(self, min_clients: int) -> None:
         self._min_clients = min_clients
         self._current: dict[str, KeyHolder] = {}
-        self._openings: dict[str, Opening] = {}  # of the current round, for reading again
         self._released: dict[str, int] = {}  # highest released round
 
     def open(
@@ -74,7 +63,6 @@ class Rounds:
             model_digest=model_digest,
         )
         self._current[task_id] = fresh
-        self._openings.pop(task_id, None)
         return fresh
 
     def judge(self, context: ContextId, admissions: Sequence[Admission]) -> list[str]:
@@ -96,18 +84,16 @@ class Rounds:
 
     def release(
         self, context: ContextId, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
-    ) -> Opening:
+    ) -> Release:
         """Open a sum; again with the same manifest and sum: the same answer.
 
         Raises:
             SecaggError: see `KeyHolder.release_admitted`.
         """
         holder = self._require(context)
-        started = time.perf_counter()
         release = holder.release_admitted(upload_digests, residues)
-        elapsed_ms = (time.perf_counter() - started) * 1000
         self._released[context.task_id] = context.round_number
-        return self._openings.setdefault(context.task_id, Opening(release, elapsed_ms))
+        return release
 
     def close(self, context: ContextId) -> None:
         """Erase the secrets of an attempt, if it is still the current one."""

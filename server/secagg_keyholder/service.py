@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId
 from secagg.errors import MalformedError
+from secagg.release import Release
 from secagg.residues import widen
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
@@ -29,7 +30,7 @@ from secagg.wire.codec import (
 )
 from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
-from secagg_keyholder.rounds import Opening, Rounds
+from secagg_keyholder.rounds import Rounds
 
 __all__ = ["KeyHolderService"]
 
@@ -88,15 +89,15 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         received = await _received(request_iterator, self._rounds)
         round_context = received.context
         async with self._lock:
-            opening = await asyncio.to_thread(
+            release = await asyncio.to_thread(
                 self._rounds.release, round_context, received.upload_digests, received.residues
             )
         _LOG.info(
             "round_released",
             round=round_context.round_number,
-            contributors=opening.release.contributors,
+            contributors=release.contributors,
         )
-        for response in _pieces(opening):
+        for response in _pieces(release):
             yield response
 
     @translated
@@ -150,13 +151,12 @@ async def _received(requests: AsyncIterator[pb.ReleaseRequest], rounds: Rounds) 
     return _Received(context, digests, widen(data, plan.blocks))
 
 
-def _pieces(opening: Opening) -> list[pb.ReleaseResponse]:
-    data = sums_to_bytes(opening.release.sums)
+def _pieces(release: Release) -> list[pb.ReleaseResponse]:
+    data = sums_to_bytes(release.sums)
     return [
         pb.ReleaseResponse(
             data=piece(data, index),
-            contributors=opening.release.contributors,
-            decrypt_ms=opening.decrypt_ms,
+            contributors=release.contributors,
         )
         for index in range(piece_count(len(data)))
     ]

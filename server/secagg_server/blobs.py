@@ -52,6 +52,12 @@ class BlobStore:
         """A model version's bytes."""
         return (self._root / "models" / task_id / f"{version}.f32").read_bytes()
 
+    def model_piece(self, task_id: str, version: int, start: int, size: int) -> bytes:
+        """Up to ``size`` bytes of a model version, from ``start``."""
+        with (self._root / "models" / task_id / f"{version}.f32").open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
     def put_sums(self, task_id: str, round_number: int, data: bytes) -> None:
         """Store a round's exact sums."""
         _write(self._root / "sums" / task_id / f"{round_number}.i64", data)

@@ -137,7 +137,7 @@ def show(
             row["rejected"],
             row["contributors"],
             f"{row['aggregate_ms']:.1f}",
-            f"{row['decrypt_ms']:.1f}",
+            f"{row['release_ms']:.1f}",
             row["reason"],
         )
         for row in answer["rounds"]

@@ -25,7 +25,7 @@ from secagg.upload import Admission
 from secagg.wire.codec import model_digest, model_from_bytes, model_to_bytes, sums_to_bytes
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import Clock
-from secagg_server.key_holder import KeyHolderStub, ReleasedSums
+from secagg_server.key_holder import KeyHolderStub
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import RoundState, TaskState
 from secagg_server.store import RoundRow, Store
@@ -118,10 +118,8 @@ class Coordinator:
             await self._collect(spec, row, context, version)
             manifest = await self._check(row, context)
             residues, aggregate_ms = await self._sum(row, context, manifest)
-            self._store.advance(row.key, RoundState.RELEASING)
-            names = [admission.receipt.upload_digest for admission in manifest]
-            released = await self._key_holder.release(context, names, residues)
-            await self._apply(spec, row, context, released, aggregate_ms)
+            released, release_ms = await self._release(row, context, manifest, residues)
+            await self._apply(spec, row, released, aggregate_ms, release_ms)
         except BaseException:
             with contextlib.suppress(SecaggError):
                 await self._key_holder.close_round(context)
@@ -182,34 +180,48 @@ class Coordinator:
             parts.append(running.value())
         return np.concatenate(parts)
 
+    async def _release(
+        self,
+        row: RoundRow,
+        context: RoundContext,
+        manifest: list[Admission],
+        residues: NDArray[np.uint64],
+    ) -> tuple[Release, float]:
+        self._store.advance(row.key, RoundState.RELEASING)
+        names = [admission.receipt.upload_digest for admission in manifest]
+        started = time.perf_counter()
+        answer = await self._key_holder.release(context, names, residues)
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        release = Release(context.plan, context.rotation, answer.contributors, answer.sums)
+        return release, elapsed_ms
+
     async def _apply(
         self,
         spec: TaskSpec,
         row: RoundRow,
-        context: RoundContext,
-        released: ReleasedSums,
+        release: Release,
         aggregate_ms: float,
+        release_ms: float,
     ) -> None:
-        release = Release(context.plan, context.rotation, released.contributors, released.sums)
-        task = self._store.task(spec.task_id)
+        """Store sums and the next model, then record both in one transaction."""
+        version = self._store.task(spec.task_id).model_version
         if spec.model:
-            model = self._model(spec, spec.model, task.model_version)
-            data = model_to_bytes(release.applied_to(model))
-            self._blobs.put_model(spec.task_id, task.model_version + 1, data)
-        self._blobs.put_sums(spec.task_id, row.round_number, sums_to_bytes(released.sums))
+            data = model_to_bytes(release.applied_to(self._model(spec, spec.model, version)))
+            self._blobs.put_model(spec.task_id, version + 1, data)
+        self._blobs.put_sums(spec.task_id, row.round_number, sums_to_bytes(release.sums))
         version = self._store.finish_round(
             row.key,
             bytes.fromhex(release.sha256),
-            released.contributors,
+            release.contributors,
             aggregate_ms=aggregate_ms,
-            decrypt_ms=released.decrypt_ms,
+            release_ms=release_ms,
             has_model=spec.model is not None,
         )
         _LOG.info(
             "round_done",
             round=row.round_number,
             attempt=row.attempt,
-            contributors=released.contributors,
+            contributors=release.contributors,
             model_version=version,
         )
 

@@ -41,11 +41,10 @@ Opened = dict[bytes, str]
 
 @dataclass(frozen=True, slots=True)
 class ReleasedSums:
-    """What the key holder released: exact sums, the cohort's size, and its own time in ms."""
+    """What the key holder released: exact sums, and the cohort's size."""
 
     sums: tuple[NDArray[np.int64], ...]
     contributors: int
-    decrypt_ms: float
 
 
 class KeyHolderStub(Protocol):
@@ -145,18 +144,18 @@ class KeyHolderClient:
         Raises:
             SecaggError: what the key holder answered, or `UnavailableError`.
         """
-        pieces, contributors, decrypt_ms = [], 0, 0.0
+        pieces, contributors = [], 0
         requests = _release_requests(context, upload_digests, residues)
         try:
             async for answer in self._stub.Release(requests, timeout=_RELEASE_TIMEOUT_S):
                 pieces.append(answer.data)
-                contributors, decrypt_ms = answer.contributors, answer.decrypt_ms
+                contributors = answer.contributors
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         sums = sums_from_bytes(b"".join(pieces), context.plan)
         if contributors != len(upload_digests):
             raise MalformedError("expected a sum over the manifest; it is over another number")
-        return ReleasedSums(sums, contributors, decrypt_ms)
+        return ReleasedSums(sums, contributors)
 
     async def close_round(self, context: RoundContext) -> None:
         """Erase the secrets of an attempt that came to nothing.

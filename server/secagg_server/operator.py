@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 
+from secagg.errors import UnavailableError
 from secagg.rpc.channels import channel
 from secagg.rpc.status import from_rpc_error
 from secagg.wire.codec import piece, piece_count
@@ -16,13 +17,26 @@ from secagg_server.tasks import TaskSpec
 __all__ = ["Operator"]
 
 _TIMEOUT_S = 60.0
+_CONNECT_S = 10.0
 
 
 class Operator:
-    """Creates and watches the tasks of one server."""
+    """Creates and watches the tasks of one server.
+
+    Raises:
+        UnavailableError: no server answers at the address within some seconds.
+    """
 
     def __init__(self, address: str) -> None:
         self._channel = channel(address)
+        try:
+            grpc.channel_ready_future(self._channel).result(_CONNECT_S)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise UnavailableError(
+                f"expected a server's admin listener at {address}; nothing answers there; start "
+                "secagg-server run, or pass --admin"
+            ) from None
         self._stub = operator_service_pb2_grpc.OperatorServiceStub(self._channel)
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from secagg.receipts import CLIENT_KEY_BYTES
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import (
+    MODEL_VALUE_BYTES,
+    PIECE_BYTES,
     admission_from_wire,
     context_id_from_wire,
     context_id_to_wire,
@@ -55,6 +57,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
         self._blobs = blobs
         self._rounds = rounds
         self._intake = intake
+        self._digests: dict[tuple[str, int], bytes] = {}
 
     @translated
     async def GetRound(
@@ -94,15 +97,28 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
                 f"expected a model version up to {task.model_version} of a task with a model; "
                 f"got {version=}"
             )
-        data = self._blobs.model(request.task_id, version)
+        total = segment.parameters * MODEL_VALUE_BYTES
+        if request.chunk_index >= piece_count(total):
+            raise MalformedError(
+                f"expected a chunk below {piece_count(total)}; got index={request.chunk_index}"
+            )
+        start = request.chunk_index * PIECE_BYTES
         return aggregation_service_pb2.GetModelResponse(
             version=version,
-            model_digest=model_digest(data),
-            total_bytes=len(data),
-            chunk_count=piece_count(len(data)),
-            data=piece(data, request.chunk_index),
+            model_digest=self._model_digest(request.task_id, version),
+            total_bytes=total,
+            chunk_count=piece_count(total),
+            data=self._blobs.model_piece(request.task_id, version, start, PIECE_BYTES),
             tensors=tensors_to_wire(segment.tensors),
         )
+
+    def _model_digest(self, task_id: str, version: int) -> bytes:
+        """A stored version never changes, so its digest is computed once."""
+        known = self._digests.get((task_id, version))
+        if known is None:
+            known = model_digest(self._blobs.model(task_id, version))
+            self._digests[task_id, version] = known
+        return known
 
     @translated
     async def OpenUpload(
@@ -214,7 +230,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             model_version=row.model_version,
             upload_bytes=counts.accepted * payload_bytes,
             aggregate_ms=row.aggregate_ms,
-            decrypt_ms=row.decrypt_ms,
+            release_ms=row.release_ms,
         )
         record.created_at.FromDatetime(row.created_at)
         if row.ended_at:

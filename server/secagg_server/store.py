@@ -66,7 +66,7 @@ class RoundRow(_Base):
     sums_sha256: Mapped[bytes] = mapped_column(default=b"")
     model_version: Mapped[int] = mapped_column(default=0)
     aggregate_ms: Mapped[float] = mapped_column(default=0.0)
-    decrypt_ms: Mapped[float] = mapped_column(default=0.0)
+    release_ms: Mapped[float] = mapped_column(default=0.0)
     created_at: Mapped[datetime.datetime]
     ended_at: Mapped[datetime.datetime | None]
 
@@ -235,7 +235,7 @@ class Store:
         contributors: int,
         *,
         aggregate_ms: float,
-        decrypt_ms: float,
+        release_ms: float,
         has_model: bool,
     ) -> int:
         """Record a release and the model version it made, together with the task's progress.
@@ -252,7 +252,7 @@ class Store:
             row.state, row.ended_at = RoundState.DONE, _now()
             row.sums_sha256, row.contributors = sums_sha256, contributors
             row.model_version = task.model_version
-            row.aggregate_ms, row.decrypt_ms = aggregate_ms, decrypt_ms
+            row.aggregate_ms, row.release_ms = aggregate_ms, release_ms
             return task.model_version
 
     def abort_round(self, key: RoundKey, reason: str) -> None:

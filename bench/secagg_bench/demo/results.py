@@ -99,7 +99,7 @@ def _rounds(
                 "contributors": record.contributors if record else 0,
                 "upload_bytes": record.upload_bytes if record else 0,
                 "aggregate_ms": record.aggregate_ms if record else 0.0,
-                "decrypt_ms": record.decrypt_ms if record else 0.0,
+                "release_ms": record.release_ms if record else 0.0,
             }
         )
     return rows
@@ -123,7 +123,7 @@ def _seconds(encrypted: EncryptedRun) -> dict[str, float]:
         "encrypt": costs.encrypt_s,
         "upload": costs.upload_s,
         "aggregate": sum(row.aggregate_ms for row in encrypted.rounds) / 1000,
-        "decrypt": sum(row.decrypt_ms for row in encrypted.rounds) / 1000,
+        "decrypt": sum(row.release_ms for row in encrypted.rounds) / 1000,
     }
 
 

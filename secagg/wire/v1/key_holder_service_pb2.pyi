@@ -61,14 +61,12 @@ class Manifest(_message.Message):
     def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., upload_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
-    __slots__ = ("data", "contributors", "decrypt_ms")
+    __slots__ = ("data", "contributors")
     DATA_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
-    DECRYPT_MS_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     contributors: int
-    decrypt_ms: float
-    def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ..., decrypt_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ...) -> None: ...
 
 class CloseRoundRequest(_message.Message):
     __slots__ = ("context",)

@@ -94,7 +94,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ...) -> None: ...
 
 class RoundRecord(_message.Message):
-    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "decrypt_ms", "created_at", "ended_at")
+    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at")
     ROUND_NUMBER_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -106,7 +106,7 @@ class RoundRecord(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGGREGATE_MS_FIELD_NUMBER: _ClassVar[int]
-    DECRYPT_MS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_MS_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     round_number: int
@@ -120,10 +120,10 @@ class RoundRecord(_message.Message):
     model_version: int
     upload_bytes: int
     aggregate_ms: float
-    decrypt_ms: float
+    release_ms: float
     created_at: _timestamp_pb2.Timestamp
     ended_at: _timestamp_pb2.Timestamp
-    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., decrypt_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., release_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class AbortTaskRequest(_message.Message):
     __slots__ = ("task_id",)

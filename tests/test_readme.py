@@ -1,0 +1,83 @@
+"""The README's code and commands do what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _quick_start() -> str:
+    match = re.search(r"<!-- quick start.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    assert match, "the README has lost its quick start"
+    return match.group(1)
+
+
+def test_quick_start_runs_and_opens_the_sum_of_three() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _quick_start()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    contributors, numbers = done.stdout.split(" ", 1)
+    assert contributors == "3"
+    # What the clients put in is in the README too: normals of three seeds, over 50.
+    import numpy as np
+
+    expected = np.mean([np.random.default_rng(s).normal(size=1000)[:3] / 50 for s in range(3)], 0)
+    found = np.array([float(word) for word in numbers.strip("[] \n").split()])
+    # Clip 1, 8 bits, 1000 values: a step is 4 / sqrt(1024) / 127 = 0.001, and the mean of three
+    # roundings is off by less than a step.
+    assert np.abs(found - expected).max() < 0.001 * 1.5
+
+
+def test_quick_start_has_at_most_twelve_lines() -> None:
+    lines = [line for line in _quick_start().splitlines() if line.strip()]
+    assert len(lines) <= 12
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\$ make ([a-z-]+)", README, re.MULTILINE))
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
+    match = re.search(r"```console\n(\$ secagg-keyholder run &.*?)```", README, re.DOTALL)
+    assert match, "the README has lost its services"
+    commands = re.sub(r"^\$ ", "", match.group(1), flags=re.MULTILINE)
+    script = f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{commands}"
+    binaries = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "contributed to 10 rounds" in done.stdout
+    assert "recommender: finished" in done.stdout
+    assert "│ 10 │" in done.stdout, "ten recommendations"
