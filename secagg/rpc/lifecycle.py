@@ -12,21 +12,33 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 import grpc.aio
 import structlog
-from grpc_health.v1 import _async as health
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-__all__ = ["add_health", "serve_until_stopped", "write_ready_file"]
+__all__ = ["Health", "add_health", "serve_until_stopped", "write_ready_file"]
 
 GRACE_S = 5.0
 _LOG = structlog.get_logger(__name__)
 
 
-def add_health(server: grpc.aio.Server) -> health.HealthServicer:
+class Health(Protocol):
+    """What the health service lets its owner say."""
+
+    async def set(self, service: str, status: int) -> None:
+        """Change what is answered about a service."""
+        ...
+
+    async def enter_graceful_shutdown(self) -> None:
+        """Answer NOT_SERVING from now on."""
+        ...
+
+
+def add_health(server: grpc.aio.Server) -> Health:
     """Serve the standard health protocol (grpc.health.v1)."""
-    servicer = health.HealthServicer()
+    servicer: Health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return servicer
 
@@ -40,7 +52,7 @@ def write_ready_file(path: Path, addresses: dict[str, str]) -> None:
 
 async def serve_until_stopped(
     servers: list[grpc.aio.Server],
-    healths: list[health.HealthServicer],
+    healths: list[Health],
     on_stop: Callable[[], Awaitable[None]],
 ) -> None:
     """Serve started servers until a signal comes, then drain them and clean up."""

@@ -20,6 +20,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from secagg.errors import NotReadyError, SecaggError, UnavailableError, by_reason
+from secagg.logs import where
 
 __all__ = ["DOMAIN", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
 
@@ -105,5 +106,5 @@ async def _abort(
         status = rpc_status.to_status(to_status(error))
         await context.abort(status.code, status.details, status.trailing_metadata)
     # The text of an unexpected error may hold anything, so neither the peer nor the log gets it.
-    _LOG.error("unexpected_error", method=method, error=type(error).__name__, exc_info=error)
+    _LOG.error("unexpected_error", method=method, error=type(error).__name__, at=where(error))
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from secagg.context import NO_MODEL, RoundContext
 from secagg.errors import QuorumError, SecaggError
+from secagg.logs import where
 from secagg.parameters import FloatSegment
 from secagg.release import Release
 from secagg.residues import ResidueSum, widen
@@ -93,7 +94,7 @@ class Coordinator:
         except SecaggError as error:
             self._store.end_task(spec.task_id, TaskState.FAILED, _reason(error))
         except Exception as error:  # a task must never die silently
-            _LOG.error("task_failed", task_id=spec.task_id, exc_info=error)
+            _LOG.error("task_failed", error=type(error).__name__, at=where(error))
             self._store.end_task(spec.task_id, TaskState.FAILED, "INTERNAL: see the server's log")
         finally:
             self._running.pop(spec.task_id, None)
