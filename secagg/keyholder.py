@@ -8,7 +8,6 @@ The secrets are erased as soon as the round is released or abandoned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +25,6 @@ from secagg.transcript import digest
 from secagg.upload import Admission
 
 __all__ = ["KeyHolder"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    client_key: bytes = field(repr=False)
-    seed: bytes = field(repr=False)
 
 
 class KeyHolder:
@@ -52,7 +45,9 @@ class KeyHolder:
         model_digest: bytes = NO_MODEL,
     ) -> None:
         self._pair: RoundKeyPair | None = RoundKeyPair()
-        self._opened: dict[bytes, _Opened] = {}  # by upload digest
+        self._seeds: dict[bytes, bytes] = {}  # by upload digest
+        self._taken: set[bytes] = set()  # the same seeds
+        self._uploads: dict[bytes, bytes] = {}  # upload digest by client key
         self._released: tuple[bytes, Release] | None = None
         self.context = RoundContext.create(
             plan,
@@ -75,17 +70,15 @@ class KeyHolder:
         """
         admission.verify(self.context)
         receipt = admission.receipt
-        known = self._opened.get(receipt.upload_digest)
-        if known is not None and known.client_key == receipt.client_key:
+        known = self._uploads.get(receipt.client_key)
+        if known == receipt.upload_digest:
             return
-        if known is not None or any(
-            receipt.client_key == other.client_key for other in self._opened.values()
-        ):
+        if known is not None or receipt.upload_digest in self._seeds:
             raise DuplicateError(
                 "expected one upload a client and round, and each upload once; the first one stands"
             )
-        seed = self._open(admission)
-        self._opened[receipt.upload_digest] = _Opened(receipt.client_key, seed)
+        self._seeds[receipt.upload_digest] = self._open(admission)
+        self._uploads[receipt.client_key] = receipt.upload_digest
 
     def _open(self, admission: Admission) -> bytes:
         if self._pair is None:
@@ -95,8 +88,9 @@ class KeyHolder:
         seed = self._pair.open(admission.sealed_seed, info)
         if len(seed) != SEED_BYTES:
             raise SealError(f"expected a seed of {SEED_BYTES} bytes; got bytes={len(seed)}")
-        if any(seed == other.seed for other in self._opened.values()):
+        if seed in self._taken:
             raise SealError("expected a seed of its own for each client; this one is taken")
+        self._taken.add(seed)
         return seed
 
     def release(self, aggregate: Aggregate) -> Release:
@@ -136,7 +130,7 @@ class KeyHolder:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
         self._check_cohort(upload_digests)
-        sums = self._open_sum([self._opened[name].seed for name in upload_digests], residues)
+        sums = self._open_sum([self._seeds[name] for name in upload_digests], residues)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
@@ -148,7 +142,7 @@ class KeyHolder:
             raise ClosedError("expected an open round; this one is abandoned")
         if len(set(upload_digests)) != count:
             raise DuplicateError("expected each upload once in a manifest; one is repeated")
-        if not self._opened.keys() >= set(upload_digests):
+        if not self._seeds.keys() >= set(upload_digests):
             raise SealError("expected a manifest of admitted uploads; one of them was not")
         if count < plan.min_clients:
             raise QuorumError(
@@ -176,7 +170,9 @@ class KeyHolder:
     def close(self) -> None:
         """Forget the round key and every seed; what was released can still be read again."""
         self._pair = None
-        self._opened.clear()
+        self._seeds.clear()
+        self._taken.clear()
+        self._uploads.clear()
 
     def __repr__(self) -> str:
         return f"KeyHolder({self.context.id.task_id!r}, round {self.context.id.round_number})"

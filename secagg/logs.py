@@ -36,6 +36,6 @@ def configure(level: str = "info") -> None:
 
 
 def where(error: BaseException) -> list[str]:
-    """Where an unexpected error came from, innermost last; not its text, which may hold anything."""
+    """Where an unexpected error came from, innermost last; its text stays out of the log."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
     return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]

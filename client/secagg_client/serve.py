@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from secagg.archive import read_npz
 from secagg.receipts import SigningKey
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError, Interactions, load_dataset, split_leave_one_out
@@ -68,13 +69,10 @@ def recommend_for(
 
 
 def _read_model(file: Path) -> SharedTensors:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in (ITEM_FACTORS, ITEM_BIAS)}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"expected an .npz with {ITEM_FACTORS} and {ITEM_BIAS} in {file}: {error}"
-        ) from None
+    tensors = read_npz(file)
+    if not {ITEM_FACTORS, ITEM_BIAS} <= tensors.keys():
+        raise DataError(f"expected {ITEM_FACTORS} and {ITEM_BIAS} in {file}; got {sorted(tensors)}")
+    return {name: tensors[name] for name in (ITEM_FACTORS, ITEM_BIAS)}
 
 
 def _fetch_model(settings: ClientSettings) -> SharedTensors:

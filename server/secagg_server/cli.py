@@ -11,9 +11,10 @@ import typer
 from google.protobuf.json_format import MessageToDict
 
 from secagg import logs
+from secagg.archive import read_npz
 from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_table, version
 from secagg.context import rotation_string
-from secagg.errors import InputError, SchemaError
+from secagg.errors import InputError
 from secagg.parameters import FloatSegment, IntegerSegment
 from secagg.quantize import dequantize_integers, flatten
 from secagg.settings import load
@@ -93,11 +94,7 @@ def create(
 def _read_model(spec: TaskSpec, file: Path) -> bytes:
     if spec.model is None:
         raise InputError("expected no model for a task without a segment of floats")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            tensors = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise SchemaError(f"expected an .npz file of tensors; {file}: {error}") from None
+    tensors = read_npz(file)
     wanted = {tensor.name for tensor in spec.model.tensors}
     return model_to_bytes(
         flatten(spec.model, {name: value for name, value in tensors.items() if name in wanted})

@@ -1,0 +1,228 @@
+"""A silo's part in a task: private state on disk, repeatable rounds, recommendations afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from secagg.errors import ClosedError, ConfigurationError, DuplicateError, InputError
+from secagg_client.config import ClientSettings
+from secagg_client.data import DataError
+from secagg_client.model import init_shared
+from secagg_client.participate import StateDir, _take_part, load_silo
+from secagg_client.prepare import prepare
+from secagg_client.repeatable import repeatable_rounding
+from secagg_client.serve import recommend_for
+from secagg_client.session import ClientSession, Cost
+from secagg_server.tasks import read_task
+
+ITEMS = 300  # of the generated marketplace
+
+
+def _settings(tmp_path: Path, **changes: Any) -> ClientSettings:  # noqa: ANN401
+    values = {"dataset": "marketplace", "silos": 3, "dimensions": 4, "state_dir": tmp_path / "s"}
+    return ClientSettings(**(values | changes))
+
+
+class _Round:
+    """A round that records what is contributed to it, or refuses it."""
+
+    def __init__(self, number: int, refusal: Exception | None = None) -> None:
+        self.number = number
+        self.model = type("Model", (), {"tensors": init_shared(ITEMS, 4, 0)})()
+        self.refusal = refusal
+        self.update: dict[str, Any] = {}
+        self.samples = 0
+
+    def contribute(self, contributions: dict[str, Any], *, samples: int) -> Cost:
+        if self.refusal:
+            raise self.refusal
+        self.update, self.samples = contributions["update"], samples
+        return Cost(0.1, 0.2, 0.3, 28672)
+
+
+def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "private")
+    state.identity()
+    state.save_vectors(1, b"vectors")
+    for path in (tmp_path / "private").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
+
+
+def test_identity_stays_the_same_over_restarts_and_differs_between_clients(tmp_path: Path) -> None:
+    first = StateDir(tmp_path / "a").identity().public
+    assert StateDir(tmp_path / "a").identity().public == first
+    assert StateDir(tmp_path / "b").identity().public != first
+
+
+def test_looking_for_state_creates_nothing(tmp_path: Path) -> None:
+    assert StateDir(tmp_path / "absent").latest_vectors() is None
+    assert StateDir(tmp_path / "absent").vectors_before(3) is None
+    assert not (tmp_path / "absent").exists()
+
+
+def test_state_before_a_round_is_that_of_the_last_earlier_one(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    for number in (1, 2, 9, 10):
+        state.save_vectors(number, b"%d" % number)
+    assert state.vectors_before(10) == b"9"
+    assert state.vectors_before(11) == b"10"
+    assert state.latest_vectors() == b"10"
+    assert state.vectors_before(9) is None, "only the two newest are kept"
+
+
+def test_another_attempt_at_a_round_contributes_the_same_update(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    state = StateDir(settings.state_dir)
+    _, silo = load_silo(settings)
+    _take_part(_Round(1), silo, state)  # type: ignore[arg-type]
+    first, again = _Round(2), _Round(2)
+    _take_part(first, silo, state)  # type: ignore[arg-type]
+    _, restarted = load_silo(settings)
+    _take_part(again, restarted, state)  # type: ignore[arg-type]
+    for name, value in first.update.items():
+        assert np.array_equal(value, again.update[name])
+    assert first.samples == again.samples > 0
+
+
+@pytest.mark.parametrize("refusal", [ClosedError("late"), DuplicateError("second")])
+def test_a_missed_round_leaves_the_private_state_as_it_was(
+    tmp_path: Path, refusal: Exception
+) -> None:
+    settings = _settings(tmp_path)
+    state = StateDir(settings.state_dir)
+    _, silo = load_silo(settings)
+    assert _take_part(_Round(1, refusal), silo, state) is None  # type: ignore[arg-type]
+    assert state.latest_vectors() is None
+    assert not (settings.state_dir / "costs.jsonl").exists()
+
+
+def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    _, silo = load_silo(settings)
+    _take_part(_Round(1), silo, StateDir(settings.state_dir))  # type: ignore[arg-type]
+    line = json.loads((settings.state_dir / "costs.jsonl").read_text())
+    assert line.keys() == {
+        "round_number", "train_s", "quantize_s", "encrypt_s", "upload_s", "upload_bytes",
+    }  # fmt: skip
+
+
+def test_a_silo_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="silo"):
+        load_silo(_settings(tmp_path, silo=3))
+
+
+def test_repeatable_rounding_differs_between_silos_and_rounds() -> None:
+    drawn = {
+        repeatable_rounding(seed, silo, number).read(8)
+        for seed in (0, 1)
+        for silo in (0, 1)
+        for number in (1, 2)
+    }
+    assert len(drawn) == 8
+    assert repeatable_rounding(0, 1, 2).read(8) == repeatable_rounding(0, 1, 2).read(8)
+
+
+def test_repeatable_rounding_is_refused_off_loopback(tmp_path: Path) -> None:
+    identity = StateDir(tmp_path).identity()
+    with pytest.raises(ConfigurationError, match="loopback"):
+        ClientSession(
+            "192.0.2.1:7400",
+            "task",
+            identity,
+            rounding=lambda _context: repeatable_rounding(0, 0, 1),
+        )
+
+
+def test_prepared_task_is_one_that_the_server_accepts(tmp_path: Path) -> None:
+    prepare(_settings(tmp_path), tmp_path / "work", rounds=7)
+    spec = read_task(tmp_path / "work" / "task.toml")
+    assert (spec.rounds, spec.plan.max_clients) == (7, 3)
+    assert spec.model is not None
+    assert spec.model.parameters == ITEMS * 5
+    with np.load(tmp_path / "work" / "initial.npz") as initial:
+        assert {name: initial[name].shape for name in initial.files} == {
+            t.name: t.shape for t in spec.model.tensors
+        }
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    file = tmp_path / "model.npz"
+    np.savez(file, **init_shared(ITEMS, 4, 0))  # type: ignore[arg-type]
+    return file
+
+
+def test_a_user_is_never_recommended_what_they_own(tmp_path: Path, model_file: Path) -> None:
+    settings = _settings(tmp_path)
+    owned = {"3", "50", "120"}
+    rows = recommend_for(settings, user=None, items="3, 50,120", top=ITEMS, model=model_file)
+    assert len(rows) == ITEMS - len(owned)
+    assert not owned & {row.item for row in rows}
+    scores = [row.score for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert all(row.title for row in rows)
+
+
+def test_a_trained_user_is_served_from_the_private_vector(tmp_path: Path, model_file: Path) -> None:
+    settings = _settings(tmp_path)
+    _, silo = load_silo(settings)
+    user = int(silo.users[0])
+    fitted = recommend_for(settings, user=str(user), items=None, top=5, model=model_file)
+    _take_part(_Round(1), silo, StateDir(settings.state_dir))  # type: ignore[arg-type]
+    served = recommend_for(settings, user=str(user), items=None, top=5, model=model_file)
+    assert [row.score for row in fitted] != [row.score for row in served]
+
+
+@pytest.mark.parametrize(
+    ("user", "items", "what"),
+    [
+        (None, None, "exactly one"),
+        ("1", "2", "exactly one"),
+        ("nobody", None, "user labels"),
+        (None, "1,nothing", "item labels"),
+        (None, " , ", "item labels"),
+    ],
+)
+def test_unusable_requests_for_recommendations_say_why(
+    tmp_path: Path, model_file: Path, user: str | None, items: str | None, what: str
+) -> None:
+    with pytest.raises(DataError, match=what):
+        recommend_for(_settings(tmp_path), user=user, items=items, top=3, model=model_file)
+
+
+def test_a_model_of_another_catalogue_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.npz"
+    np.savez(file, **init_shared(10, 4, 0))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="expected a model of 300 items; got 10"):
+        recommend_for(_settings(tmp_path), user="1", items=None, top=3, model=file)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04 broken"])
+def test_a_broken_model_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.npz"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="npz"):
+        recommend_for(_settings(tmp_path), user="1", items=None, top=3, model=file)
+
+
+def test_wrong_settings_are_told_without_waiting_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from secagg_client.cli import app\n"
+        "result = CliRunner().invoke(app, ['join', '--dataset', 'unknown'])\n"
+        "assert result.exit_code == 78, result.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path,
+                   env=os.environ)  # fmt: skip
