@@ -24,7 +24,8 @@ __all__ = ["NO_MODEL", "ContextId", "RoundContext"]
 NO_MODEL = bytes(DIGEST_BYTES)
 """Model digest of a round that has no model, such as plain analytics."""
 
-_TASK_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# Starts with a letter or digit: "." and ".." are folders of every file system.
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAX_NUMBER = 1 << 32
 
 
@@ -33,7 +34,7 @@ class ContextId:
     """The digests that name a round's context; what travels in headers and receipts.
 
     Attributes:
-        task_id: 1 to 64 letters, digits, '_', '.' or '-'.
+        task_id: 1 to 64 letters, digits, '_', '.' or '-'; the first one a letter or digit.
         round_number: from 1.
         attempt: from 1; another attempt has another round key.
         plan_digest, model_digest, round_key_id: 32 bytes each.
@@ -49,7 +50,8 @@ class ContextId:
     def __post_init__(self) -> None:
         if not _TASK_ID.fullmatch(self.task_id):
             raise ConfigurationError(
-                "expected a task id of 1 to 64 letters, digits, '_', '.' or '-'; got "
+                "expected a task id of 1 to 64 letters, digits, '_', '.' or '-', the first one a "
+                "letter or digit; got "
                 f"{self.task_id!r}"
             )
         for name in ("round_number", "attempt"):

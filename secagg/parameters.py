@@ -58,6 +58,7 @@ MIN_COHORT = 3
 
 MAX_COHORT = 1_000_000
 MAX_SEGMENTS = 16
+MAX_TENSORS = 4096  # in all segments, so that a plan fits into one message
 MAX_VALUES = 1 << 28
 
 # log2 q that still gives 256 bits of classical security against the known lattice attacks, with

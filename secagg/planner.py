@@ -21,6 +21,7 @@ from secagg.parameters import (
     BLOCK_BYTES,
     MAX_COHORT,
     MAX_SEGMENTS,
+    MAX_TENSORS,
     MAX_VALUES,
     MIN_COHORT,
     MODULUS,
@@ -119,6 +120,9 @@ def _check_segments(segments: Sequence[Segment]) -> None:
     names = [segment.name for segment in segments]
     if not 1 <= len(names) <= MAX_SEGMENTS or len(set(names)) != len(names):
         raise PlanError(f"expected 1 to {MAX_SEGMENTS} distinctly named segments; got {names=}")
+    tensors = sum(len(s.tensors) for s in segments if isinstance(s, FloatSegment))
+    if tensors > MAX_TENSORS:
+        raise PlanError(f"expected at most {MAX_TENSORS} tensors in a plan; got {tensors=}")
     values = sum(segment.values for segment in segments)
     if values > MAX_VALUES:
         raise PlanError(

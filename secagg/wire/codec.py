@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ConfigurationError, MalformedError
-from secagg.parameters import FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
+from secagg.parameters import MAX_TENSORS, FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
 from secagg.planner import make_plan
 from secagg.receipts import CLIENT_KEY_BYTES, SIGNATURE_BYTES, Receipt
 from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
@@ -48,15 +48,14 @@ __all__ = [
     "tensors_to_wire",
 ]
 
-MAX_MESSAGE_BYTES = 1 << 20
-"""Largest message on the wire, set on both sides: 1 MiB."""
+MAX_MESSAGE_BYTES = 2 << 20
+"""Largest message on the wire, set on both sides: 2 MiB."""
 
-PIECE_BYTES = MAX_MESSAGE_BYTES - 4096
-"""Bytes of one piece of a model or of sums; leaves room for the message around it."""
+PIECE_BYTES = 1 << 20
+"""Bytes of one piece of a model or of sums; as much is left for the message around it."""
 
 MODEL_VALUE_BYTES = 4
 _SUM_VALUE_BYTES = 8
-_MAX_TENSORS = 4096
 _MAX_DIMENSIONS = 8
 
 _WEIGHTINGS = {
@@ -105,9 +104,9 @@ def tensors_from_wire(message: Sequence[plan_pb2.TensorSpec]) -> tuple[TensorSpe
         MalformedError: too many tensors or dimensions.
         PlanError: a name or shape that no plan has.
     """
-    if len(message) > _MAX_TENSORS or any(len(t.shape) > _MAX_DIMENSIONS for t in message):
+    if len(message) > MAX_TENSORS or any(len(t.shape) > _MAX_DIMENSIONS for t in message):
         raise MalformedError(
-            f"expected at most {_MAX_TENSORS} tensors of {_MAX_DIMENSIONS} dimensions"
+            f"expected at most {MAX_TENSORS} tensors of {_MAX_DIMENSIONS} dimensions"
         )
     return tuple(TensorSpec(tensor.name, tuple(tensor.shape)) for tensor in message)
 

@@ -42,6 +42,8 @@ class Intake:
             DuplicateError: the client announced a different upload before.
         """
         receipt = admission.receipt
+        if self._is_accepted(receipt.context, receipt.client_key, receipt.upload_digest):
+            return UploadState.ACCEPTED, []
         current = self._rounds.require(receipt.context)
         admission.verify(current.context)
         self._check_room(current, receipt)
@@ -52,7 +54,7 @@ class Intake:
 
     def _check_room(self, current: OpenRound, receipt: Receipt) -> None:
         plan, context = current.context.plan, current.context
-        if self._store.upload(context, receipt.client_key) is not None:
+        if self._store.upload(context.id, receipt.client_key) is not None:
             return
         if self._store.counts(round_key(context)).accepted >= plan.max_clients:
             raise ClosedError(
@@ -77,11 +79,16 @@ class Intake:
         widen(data, plan.chunk_blocks(index))
         self._blobs.put_chunk(context, upload_digest, index, data)
 
+    def _is_accepted(self, context: ContextId, client_key: bytes, upload_digest: bytes) -> bool:
+        """Whether a repeated call is about an upload that counts already, its round open or not."""
+        known = self._store.upload(context, client_key)
+        return known == (upload_digest, UploadState.ACCEPTED)
+
     def _require_receiving(
         self, context: ContextId, client_key: bytes, upload_digest: bytes
     ) -> OpenRound:
         current = self._rounds.require(context)
-        known = self._store.upload(current.context, client_key)
+        known = self._store.upload(context, client_key)
         if known is None or known != (upload_digest, UploadState.RECEIVING):
             raise ClosedError(
                 "expected chunks of an announced, incomplete upload; this is not one; announce it "
@@ -98,10 +105,9 @@ class Intake:
             MalformedError: chunks are missing, or the bytes are not the signed ones; then all of
                 them are dropped and may be sent again.
         """
-        current = self._rounds.require(context)
-        if self._store.upload(current.context, client_key) == (upload_digest, UploadState.ACCEPTED):
+        if self._is_accepted(context, client_key, upload_digest):
             return
-        self._require_receiving(context, client_key, upload_digest)
+        current = self._require_receiving(context, client_key, upload_digest)
         if missing := self._missing(current, upload_digest):
             raise MalformedError(f"expected all chunks; {len(missing)} are missing; send them")
         if self._sha256(current, upload_digest) != upload_digest:

@@ -11,12 +11,21 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, ForeignKeyConstraint, create_engine, event, func, select, update
+from sqlalchemy import (
+    Engine,
+    ForeignKeyConstraint,
+    UniqueConstraint,
+    create_engine,
+    event,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from secagg.context import RoundContext
+from secagg.context import ContextId, RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError
 from secagg.upload import Admission
 from secagg.wire.codec import admission_from_wire, admission_to_wire, parse
@@ -83,6 +92,7 @@ class _UploadRow(_Base):
             ["task_id", "round_number", "attempt"],
             ["rounds.task_id", "rounds.round_number", "rounds.attempt"],
         ),
+        UniqueConstraint("task_id", "round_number", "attempt", "upload_digest"),
     )
     task_id: Mapped[str] = mapped_column(primary_key=True)
     round_number: Mapped[int] = mapped_column(primary_key=True)
@@ -108,14 +118,22 @@ def _now() -> datetime.datetime:
 
 def _engine(url: str) -> Engine:
     try:
-        engine = create_engine(make_url(url))
-    except (ArgumentError, ImportError) as error:
-        raise ConfigurationError(f"expected a usable store_url: {error}") from None
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _configure_sqlite)
-        # Transactions take the write lock at once, so that what they read stays true until they
-        # commit; the driver's own deferred BEGIN would not.
-        event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+        parsed = make_url(url)
+        engine = create_engine(parsed)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        # Not the error's text: it may quote the URL, and the URL may hold a password.
+        raise ConfigurationError(
+            "expected a usable store_url such as sqlite:////folder/file.sqlite3; got "
+            f"{type(error).__name__}; check its form and that the database's driver is installed"
+        ) from None
+    if engine.dialect.name != "sqlite":
+        return engine
+    if parsed.database in (None, "", ":memory:"):
+        raise ConfigurationError("expected store_url to name a file; a database in memory forgets")
+    event.listen(engine, "connect", _configure_sqlite)
+    # Transactions take the write lock at once, so that what they read stays true until they
+    # commit; the driver's own deferred BEGIN would not.
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 
@@ -132,7 +150,14 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = _engine(url)
-        _Base.metadata.create_all(self._engine)
+        try:
+            _Base.metadata.create_all(self._engine)
+        except SQLAlchemyError as error:
+            self._engine.dispose()
+            raise ConfigurationError(
+                f"expected a database that answers at store_url; got {type(error).__name__}; check "
+                "that it runs and that its folder is writable"
+            ) from None
         self._session: sessionmaker[Session] = sessionmaker(self._engine, expire_on_commit=False)
 
     def close(self) -> None:
@@ -271,13 +296,14 @@ class Store:
         """Record an announced upload; the same one again returns its state.
 
         Raises:
-            DuplicateError: the client announced a different upload, and it was not refused.
+            DuplicateError: the client announced a different upload, or another client this one.
         """
         receipt, encoded = admission.receipt, admission_to_wire(admission).SerializeToString()
         key = (*round_key(context), receipt.client_key)
         with self._session.begin() as session:
             row = session.get(_UploadRow, key)
             if row is None:
+                _refuse_copy(session, key[:3], receipt.upload_digest)
                 row = _UploadRow(
                     task_id=key[0],
                     round_number=key[1],
@@ -295,10 +321,10 @@ class Store:
                 )
             return row.state
 
-    def upload(self, context: RoundContext, client_key: bytes) -> tuple[bytes, UploadState] | None:
+    def upload(self, context: ContextId, client_key: bytes) -> tuple[bytes, UploadState] | None:
         """Digest and state of a client's upload; None when it has announced none."""
         with self._session() as session:
-            row = session.get(_UploadRow, (*round_key(context), client_key))
+            row = session.get(_UploadRow, (*_key(context), client_key))
             return (row.upload_digest, row.state) if row else None
 
     def accept_upload(self, context: RoundContext, client_key: bytes) -> None:
@@ -366,6 +392,22 @@ def _count(session: Session, key: RoundKey, state: UploadState) -> int:
     return session.scalar(wanted) or 0
 
 
+def _refuse_copy(session: Session, key: RoundKey, upload_digest: bytes) -> None:
+    """No client may announce the bytes of another one."""
+    taken = select(func.count()).where(
+        _UploadRow.task_id == key[0],
+        _UploadRow.round_number == key[1],
+        _UploadRow.attempt == key[2],
+        _UploadRow.upload_digest == upload_digest,
+    )
+    if session.scalar(taken):
+        raise DuplicateError("expected an upload of your own; another client has announced these")
+
+
 def round_key(context: RoundContext) -> RoundKey:
     """The key of a context's row."""
-    return context.id.task_id, context.id.round_number, context.id.attempt
+    return _key(context.id)
+
+
+def _key(context: ContextId) -> RoundKey:
+    return context.task_id, context.round_number, context.attempt

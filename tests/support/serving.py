@@ -1,0 +1,75 @@
+"""Runs grpc.aio services inside the test process: a loop in a thread, on free loopback ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import grpc.aio
+from secagg.rpc import channels
+
+__all__ = ["LoopThread", "loop_thread", "serving", "soon"]
+
+_T = TypeVar("_T")
+TIMEOUT_S = 30.0
+SOON_S = 5.0
+
+AddServices = Callable[[grpc.aio.Server], None]
+
+
+class LoopThread:
+    """An event loop of its own; :meth:`run` takes a coroutine there and waits for it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The coroutine's result."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
+
+    def close(self) -> None:
+        """Stop the loop and its threads."""
+        self.run(self.loop.shutdown_default_executor())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(TIMEOUT_S)
+        self.loop.close()
+
+
+@contextlib.contextmanager
+def loop_thread() -> Iterator[LoopThread]:
+    """A running event loop in a thread."""
+    thread = LoopThread()
+    try:
+        yield thread
+    finally:
+        thread.close()
+
+
+@contextlib.contextmanager
+def serving(thread: LoopThread, add: AddServices) -> Iterator[str]:
+    """A server with these services; its address."""
+
+    async def start() -> tuple[grpc.aio.Server, str]:
+        server = channels.server()
+        add(server)
+        address = channels.add_listener(server, "127.0.0.1:0")
+        await server.start()
+        return server, address
+
+    server, address = thread.run(start())
+    try:
+        yield address
+    finally:
+        thread.run(server.stop(None))
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    """Let everything else run until the condition holds."""
+    async with asyncio.timeout(SOON_S):
+        while not condition():  # noqa: ASYNC110 - the condition has no event
+            await asyncio.sleep(0)
