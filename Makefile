@@ -13,9 +13,10 @@ help: ## Show this help
 
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON=..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
-	touch $@
+	@echo "Setting up $(VENV): a minute or two, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
 
 setup: $(STAMP) ## Create .venv with everything needed for development
 
@@ -45,8 +46,9 @@ proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what i
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=build/proto $(filter %_service.proto,$(PROTOS))
 	diff -r -x __init__.py -x __pycache__ build/proto/secagg/wire/v1 secagg/wire/v1
 
-bench: $(STAMP) ## Measure encryption against TenSEAL's CKKSVector
-	$(BIN)/python -m secagg_bench.crypto
+bench: $(STAMP) ## Measure encryption against TenSEAL's CKKSVector, into the README
+	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
+	$(BIN)/python -m secagg_bench.readme
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

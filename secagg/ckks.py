@@ -57,26 +57,48 @@ _PARMS_ID = CONTEXT.first_parms_id()
 _EVALUATOR = seal.Evaluator(CONTEXT)
 
 
-class _Scratch(threading.local):
-    """A file that SEAL can open by name, one for each thread."""
+class _ScratchFile:
+    """A file that SEAL can open by name. Secrets pass through it, and never stay."""
 
     def __init__(self) -> None:
         if hasattr(os, "memfd_create"):
-            self.descriptor = os.memfd_create("secagg")
-            self.path = f"/proc/self/fd/{self.descriptor}"
+            self._descriptor = os.memfd_create("secagg")
+            self.path = f"/proc/self/fd/{self._descriptor}"
         else:  # pragma: no cover - not on Linux
-            self.descriptor, self.path = tempfile.mkstemp()
+            self._descriptor, self.path = tempfile.mkstemp()
 
     def put(self, data: bytes) -> str:
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, data, 0)
+        self.clear()
+        os.pwrite(self._descriptor, data, 0)
         return self.path
 
     def take(self) -> bytes:
-        data = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
-        # Secrets pass through here; nothing is left behind in the file.
-        os.ftruncate(self.descriptor, 0)
+        data = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        self.clear()
         return data
+
+    def clear(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Scratch(threading.local):
+    """One scratch file for each thread of each process.
+
+    A forked child shares its parent's open files: two processes that wrote to one scratch file
+    could encrypt under each other's keys.
+    """
+
+    def __init__(self) -> None:
+        self._owner, self._file = os.getpid(), _ScratchFile()
+
+    @property
+    def file(self) -> _ScratchFile:
+        if self._owner != os.getpid():
+            self._owner, self._file = os.getpid(), _ScratchFile()
+        return self._file
 
 
 _SCRATCH = _Scratch()
@@ -95,15 +117,18 @@ def _header(total: int) -> bytes:
 
 
 def _load(polynomials: Residues, *, ntt: bool) -> seal.Ciphertext:
-    ciphertext = seal.Ciphertext()
-    ciphertext.load(CONTEXT, _SCRATCH.put(_serialised(polynomials, ntt=ntt)))
-    os.ftruncate(_SCRATCH.descriptor, 0)
+    ciphertext, scratch = seal.Ciphertext(), _SCRATCH.file
+    try:
+        ciphertext.load(CONTEXT, scratch.put(_serialised(polynomials, ntt=ntt)))
+    finally:
+        scratch.clear()
     return ciphertext
 
 
 def _dump(ciphertext: seal.Ciphertext) -> Residues:
-    ciphertext.save(_SCRATCH.path)
-    stored = _SCRATCH.take()
+    scratch = _SCRATCH.file
+    ciphertext.save(scratch.path)
+    stored = scratch.take()
     magic, size, _, _, compression, _, total = _HEADER.unpack_from(stored)
     if magic != _MAGIC or total != len(stored) or compression not in (_UNCOMPRESSED, _ZSTD):
         raise RuntimeError("SEAL wrote a file of an unknown format; is tenseal 0.3.18 installed?")
@@ -118,9 +143,11 @@ def _plaintext(polynomial: Residues) -> seal.Plaintext:
     data = np.ascontiguousarray(polynomial, dtype="<u8").tobytes()
     array = _header(_HEADER.size + 8 + len(data)) + struct.pack("<Q", polynomial.size)
     body = struct.pack("<4QQd", *_PARMS_ID, polynomial.size, 1.0) + array + data
-    plain = seal.Plaintext()
-    plain.load(CONTEXT, _SCRATCH.put(_header(_HEADER.size + len(body)) + body))
-    os.ftruncate(_SCRATCH.descriptor, 0)
+    plain, scratch = seal.Plaintext(), _SCRATCH.file
+    try:
+        plain.load(CONTEXT, scratch.put(_header(_HEADER.size + len(body)) + body))
+    finally:
+        scratch.clear()
     return plain
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from secagg import ckks
 from secagg.context import RoundContext
-from secagg.errors import SchemaError
+from secagg.errors import InputError, SchemaError
 from secagg.onetime import errors, fresh_seed, secret
 from secagg.packing import pack
 from secagg.quantize import Contribution, Quantized, quantize
@@ -85,7 +87,17 @@ class Encryptor:
 def encrypt_quantized(
     context: RoundContext, quantized: Sequence[Quantized], identity: SigningKey
 ) -> Upload:
-    """Encrypt, seal and sign integers that are already quantised."""
+    """Encrypt, seal and sign integers that are already quantised.
+
+    Raises:
+        InputError: they are not what the plan describes.
+    """
+    for layout, part in zip(context.plan.layouts, quantized, strict=True):
+        if np.abs(part.values).max(initial=0) > layout.max_abs:
+            raise InputError(
+                f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
+                "with the round's plan"
+            )
     seed = fresh_seed(context.id.digest, (part.values for part in quantized))
     coefficients = errors(seed, context.plan.blocks)
     for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):

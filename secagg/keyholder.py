@@ -20,11 +20,14 @@ from secagg.onetime import secret
 from secagg.packing import unpack
 from secagg.parameters import MODULUS, RING_DEGREE, Plan
 from secagg.release import Release
-from secagg.sealing import SEED_BYTES, RoundKeyPair, seal_info
+from secagg.sealing import RoundKeyPair, seal_info
 from secagg.transcript import digest
 from secagg.upload import Admission
 
-__all__ = ["KeyHolder"]
+__all__ = ["MAX_REFUSALS", "KeyHolder"]
+
+MAX_REFUSALS = 2
+"""Sums that may fail to open before a round is closed for good."""
 
 
 class KeyHolder:
@@ -49,6 +52,7 @@ class KeyHolder:
         self._taken: set[bytes] = set()  # the same seeds
         self._uploads: dict[bytes, bytes] = {}  # upload digest by client key
         self._released: tuple[bytes, Release] | None = None
+        self._refusals = 0
         self.context = RoundContext.create(
             plan,
             self._pair.public,
@@ -86,8 +90,6 @@ class KeyHolder:
         receipt = admission.receipt
         info = seal_info(self.context.id.digest, receipt.client_key, receipt.upload_digest)
         seed = self._pair.open(admission.sealed_seed, info)
-        if len(seed) != SEED_BYTES:
-            raise SealError(f"expected a seed of {SEED_BYTES} bytes; got bytes={len(seed)}")
         if seed in self._taken:
             raise SealError("expected a seed of its own for each client; this one is taken")
         self._taken.add(seed)
@@ -122,7 +124,8 @@ class KeyHolder:
             ClosedError: more than its maximum, or another manifest has been released.
             SealError: an upload was not admitted.
             DuplicateError: an upload is named twice.
-            ReleaseError: the residues are not the sum of these uploads.
+            ReleaseError: the residues are not the sum of these uploads; the second time, the round
+                is closed.
         """
         name = digest("manifest", *sorted(upload_digests), residues.tobytes())
         if self._released is not None:
@@ -130,7 +133,7 @@ class KeyHolder:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
         self._check_cohort(upload_digests)
-        sums = self._open_sum([self._seeds[name] for name in upload_digests], residues)
+        sums = self._guarded([self._seeds[name] for name in upload_digests], residues)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
@@ -152,20 +155,35 @@ class KeyHolder:
         if count > plan.max_clients:
             raise ClosedError(f"expected at most max_clients={plan.max_clients}; got {count}")
 
+    def _guarded(
+        self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Open a sum; too many refusals end the round, so that they never become an oracle."""
+        try:
+            return self._open_sum(seeds, residues)
+        except ReleaseError:
+            self._refusals += 1
+            if self._refusals >= MAX_REFUSALS:
+                self.close()
+            raise
+
     def _open_sum(
         self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int64], ...]:
         plan = self.context.plan
-        if residues.shape != (plan.blocks, RING_DEGREE) or residues.max() >= MODULUS:
+        expected = (plan.blocks, RING_DEGREE)
+        if residues.shape != expected or residues.dtype != np.uint64 or residues.max() >= MODULUS:
             raise ReleaseError(
                 f"expected {plan.blocks} summed polynomials of residues below q; got "
-                f"shape={residues.shape}"
+                f"shape={residues.shape}, dtype={residues.dtype}"
             )
         key = np.zeros((1, RING_DEGREE), dtype=np.int64)
         for seed in seeds:
             key += secret(seed)
         noisy = ckks.decrypt(residues, self.context.public_polynomials(), ckks.to_ntt(key)[0])
-        return tuple(unpack(layout, noisy[blocks]) for _, layout, blocks in plan.block_ranges())
+        return tuple(
+            unpack(layout, noisy[blocks], len(seeds)) for _, layout, blocks in plan.block_ranges()
+        )
 
     def close(self) -> None:
         """Forget the round key and every seed; what was released can still be read again."""

@@ -11,21 +11,29 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg.errors import ReleaseError
+from secagg.errors import InputError, ReleaseError
 from secagg.parameters import RING_DEGREE, Layout
 
 __all__ = ["pack", "unpack"]
 
 
 def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place integers into coefficients.
+    """Place integers into coefficients; linear, so that sums may be packed as well.
 
     Args:
-        values: int64 of shape (layout.values,), magnitudes of at most ``layout.max_abs``.
+        values: int64 of shape (layout.values,), magnitudes of at most ``layout.sum_abs``.
 
     Returns:
         int64 of shape (layout.blocks, 4096), multiples of 2**shift.
+
+    Raises:
+        InputError: another number of values.
     """
+    if values.shape != (layout.values,):
+        raise InputError(
+            f"expected {layout.values} integers; got shape={values.shape}; quantise with the "
+            "round's plan"
+        )
     slots = np.zeros(layout.blocks * layout.digits * RING_DEGREE, dtype=np.int64)
     slots[: values.size] = values
     digits = slots.reshape(layout.blocks, layout.digits, RING_DEGREE)
@@ -37,11 +45,12 @@ def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
     return coefficients
 
 
-def unpack(layout: Layout, coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
+def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
     """Recover the exact sum of packed integers from noisy coefficients.
 
     Args:
         coefficients: int64 of shape (layout.blocks, 4096), centred modulo q.
+        clients: how many are in the sum; no value may exceed what so many honest ones can reach.
 
     Returns:
         int64 of shape (layout.values,).
@@ -50,13 +59,13 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64]) -> NDArray[np.int64]
         ReleaseError: the coefficients are not a sum of honest uploads under the right keys.
     """
     grid = (coefficients + (1 << (layout.shift - 1))) >> layout.shift
-    if np.abs(coefficients - (grid << layout.shift)).max() > layout.guard:
+    if _largest(coefficients - (grid << layout.shift)) > layout.guard:
         raise ReleaseError(
             "expected every coefficient of the sum on the grid; got noise beyond the guard: an "
             "upload is missing, repeated, foreign or damaged; abort and collect the round again"
         )
     values = _balanced_digits(layout, grid).reshape(-1)
-    if np.abs(values).max() > layout.sum_abs or values[layout.values :].any():
+    if _largest(values) > clients * layout.max_abs or values[layout.values :].any():
         raise ReleaseError(
             "expected every summed value within the planned range and padding of zero; got one "
             "beyond: a client did not follow the plan; abort and collect the round again"
@@ -68,8 +77,14 @@ def _balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int6
     digits = np.empty((layout.blocks, layout.digits, RING_DEGREE), dtype=np.int64)
     half = layout.base // 2
     for index in range(layout.digits - 1):
-        carried, low = np.divmod(grid + half, layout.base)
-        digits[:, index, :] = low - half
-        grid = carried
+        shifted = grid + half
+        # Safe because |shifted| < 2**53: the float quotient lies closer to the true one than any
+        # integer that is not its floor.
+        grid = np.floor(shifted / layout.base).astype(np.int64)
+        np.subtract(shifted - half, grid * layout.base, out=digits[:, index, :])
     digits[:, -1, :] = grid
     return digits
+
+
+def _largest(values: NDArray[np.int64]) -> int:
+    return max(int(values.max()), -int(values.min()))

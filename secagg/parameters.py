@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 
 from secagg.errors import PlanError
 from secagg.transcript import digest
@@ -70,6 +71,9 @@ _LARGEST_MODULUS_BITS = {4096: 56}
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 _ROTATION_LIMIT = RING_DEGREE
 
+# Wide enough for any model, and narrow enough that a step and its inverse are ordinary float32.
+_CLIP_RANGE = (1e-20, 1e20)
+
 # Rotated coordinates are close to Gaussian; a range of 4 standard deviations saturates 6 in
 # 100 000 of an update that uses its whole clip norm, and none of a smaller one.
 RANGE_STDS = 4.0
@@ -96,6 +100,12 @@ def check_ring(degree: int, modulus: int) -> None:
         )
 
 
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise PlanError(f"expected an integer; got {name}={value!r}")
+
+
 def _check_name(kind: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise PlanError(
@@ -112,6 +122,13 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         _check_name("tensor", self.name)
+        try:
+            # Other integers, such as numpy's, become Python's own, which never overflow.
+            object.__setattr__(self, "shape", tuple(index(side) for side in self.shape))
+        except TypeError:
+            raise PlanError(
+                f"expected whole sides; tensor {self.name!r} has {self.shape=}"
+            ) from None
         if any(side < 1 for side in self.shape):
             raise PlanError(f"expected positive sides; tensor {self.name!r} has {self.shape=}")
 
@@ -151,8 +168,12 @@ class FloatSegment:
         names = [tensor.name for tensor in self.tensors]
         if not names or len(set(names)) != len(names):
             raise PlanError(f"expected one or more distinctly named tensors; got {names=}")
-        if not (math.isfinite(self.clip) and self.clip > 0):
-            raise PlanError(f"expected a finite clip norm above 0; got clip={self.clip}")
+        _check_integers(bits=self.bits, weight_cap=self.weight_cap)
+        if not _CLIP_RANGE[0] <= self.clip <= _CLIP_RANGE[1]:
+            raise PlanError(
+                f"expected a clip norm from {_CLIP_RANGE[0]} to {_CLIP_RANGE[1]}; got "
+                f"clip={self.clip}; rescale the model"
+            )
         if not 2 <= self.bits <= 16:
             raise PlanError(f"expected 2 to 16 bits per value; got bits={self.bits}")
         if self.weighting not in _WEIGHTINGS:
@@ -214,6 +235,13 @@ class FloatSegment:
         spread = min(1.0, RANGE_STDS / math.sqrt(self.values))
         return spread * self.norm_bound / self.max_abs
 
+    def weight_slack(self, clients: int) -> float:
+        """How far rounding can move the summed weight of so many clients, at eight sigma.
+
+        A rounding error has a standard deviation of at most half a step, and they are independent.
+        """
+        return 8 * 0.5 * self.step * math.sqrt(clients) / self.clip
+
 
 @dataclass(frozen=True)
 class IntegerSegment:
@@ -231,6 +259,7 @@ class IntegerSegment:
 
     def __post_init__(self) -> None:
         _check_name("segment", self.name)
+        _check_integers(size=self.size, max_abs=self.max_abs)
         if self.size < 1 or self.max_abs < 1:
             raise PlanError(
                 f"expected size and max_abs of 1 or more; segment {self.name!r} has "
@@ -311,11 +340,11 @@ class Plan:
         """Upload messages that carry the payload."""
         return -(-self.blocks // CHUNK_BLOCKS)
 
-    def chunk_blocks(self, index: int) -> int:
-        """Polynomials in chunk ``index``; only the last one may be shorter."""
-        if not 0 <= index < self.chunks:
-            raise PlanError(f"expected a chunk index below {self.chunks}; got {index=}")
-        return min(CHUNK_BLOCKS, self.blocks - index * CHUNK_BLOCKS)
+    def chunk_blocks(self, chunk: int) -> int:
+        """Polynomials in chunk ``chunk``; only the last one may be shorter."""
+        if not 0 <= chunk < self.chunks:
+            raise PlanError(f"expected a chunk index below {self.chunks}; got {chunk=}")
+        return min(CHUNK_BLOCKS, self.blocks - chunk * CHUNK_BLOCKS)
 
     def block_ranges(self) -> Iterable[tuple[Segment, Layout, slice]]:
         """Each segment with its layout and its blocks' place in the upload."""

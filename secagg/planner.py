@@ -7,7 +7,8 @@ The derivation, for n clients whose honest integers are at most V (see docs/ciph
   c = sqrt(2 ln 2 (41 + log2 #coefficients)) no coefficient leaves G = c * 3.24 * sqrt(n) but with
   probability below 2**-40; nor can it ever leave 21 n.
 * The grid 2**s > 2G separates values from noise.
-* d digits fit when 2**s B**(d-1) (4R + 2) <= q and 2**s R (B**d - 1)/(B - 1) + 2**(s-1) < q/2.
+* d digits fit when 2**s B**d <= q. The sum then stays within q/2 either way, because R < B/4 makes
+  it smaller than 2**s B**d / 3.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def make_plan(
     check_ring(RING_DEGREE, MODULUS)
     _check_cohort(min_clients, max_clients)
     _check_segments(segments)
+    _check_weights(segments, min_clients, max_clients)
     guard = _guard(max_clients, sum(segment.values for segment in segments))
     layouts = tuple(_layout(segment, max_clients, guard) for segment in segments)
     return Plan(tuple(segments), layouts, min_clients, max_clients)
@@ -104,6 +106,8 @@ def plan_integers(
 
 
 def _check_cohort(min_clients: int, max_clients: int) -> None:
+    if not (isinstance(min_clients, int) and isinstance(max_clients, int)):
+        raise PlanError(f"expected whole clients; got {min_clients=}, {max_clients=}")
     if min_clients < MIN_COHORT:
         raise PlanError(
             f"expected min_clients of {MIN_COHORT} or more, below which a sum protects nobody; "
@@ -131,6 +135,19 @@ def _check_segments(segments: Sequence[Segment]) -> None:
         )
 
 
+def _check_weights(segments: Sequence[Segment], min_clients: int, max_clients: int) -> None:
+    """Refuse a quantiser so coarse that even full weights would drown in its rounding."""
+    for segment in segments:
+        if not (isinstance(segment, FloatSegment) and segment.weighted):
+            continue
+        if segment.weight_slack(max_clients) > min_clients / 2:
+            raise PlanError(
+                f"segment {segment.name!r}: expected bits enough for the weights of "
+                f"{max_clients} clients; got bits={segment.bits} for {segment.parameters} "
+                "parameters; use more bits, or equal weights"
+            )
+
+
 def _guard(clients: int, values: int) -> int:
     """G: smallest safe bound on the summed noise, in units of the plaintext."""
     # Coefficients are at most as many as values, plus a block of padding a segment: values are an
@@ -144,37 +161,26 @@ def _layout(segment: Segment, clients: int, guard: int) -> Layout:
     sum_abs = clients * segment.max_abs
     base = 4 * sum_abs + 2
     shift = (2 * guard).bit_length()
-    digits = _most_digits(base, sum_abs, shift)
+    digits = _most_digits(base, shift)
     if digits < 1:
         raise PlanError(_refusal(segment, clients, shift))
     return Layout(segment.values, segment.max_abs, sum_abs, base, digits, shift, guard)
 
 
-def _most_digits(base: int, sum_abs: int, shift: int) -> int:
+def _most_digits(base: int, shift: int) -> int:
     digits = 0
-    while _fits(base, sum_abs, shift, digits + 1):
+    while base ** (digits + 1) << shift <= MODULUS:
         digits += 1
     return digits
 
 
-def _fits(base: int, sum_abs: int, shift: int, digits: int) -> bool:
-    grid = 1 << shift
-    power = int(base ** (digits - 1))
-    top = grid * power * (4 * sum_abs + 2) <= MODULUS
-    span = 2 * grid * sum_abs * ((power * base - 1) // (base - 1)) + grid < MODULUS
-    return top and span
-
-
 def _refusal(segment: Segment, clients: int, shift: int) -> str:
-    room = (MODULUS >> shift) // 4 - 1
-    if isinstance(segment, IntegerSegment):
-        remedy = f"max_abs={room // clients}" if room >= clients else "fewer clients"
-    else:
-        remedy = f"fewer bits, or max_clients={room // segment.max_abs}"
+    # Only integers can be too large: 16 bits of a million clients fit with room to spare.
     return (
         f"segment {segment.name!r}: the sum of {clients} clients with values up to "
         f"{segment.max_abs} needs {(4 * clients * segment.max_abs + 2).bit_length()} bits above a "
-        f"grid of {shift}, but the modulus has {MODULUS.bit_length()}; {remedy} would work"
+        f"grid of {shift}, but the modulus has {MODULUS.bit_length()}; "
+        f"max_abs={((MODULUS >> shift) - 2) // 4 // clients} would work"
     )
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -128,10 +129,9 @@ def flatten(segment: FloatSegment, update: Update) -> NDArray[np.float32]:
 
 
 def _flat(name: str, shape: tuple[int, ...], value: ArrayLike) -> NDArray[np.float32]:
-    try:
-        array = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise SchemaError(f"tensor {name!r}: expected numbers; {error}") from None
+    given = _numbers(name, value)
+    with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite, and is refused
+        array = given.astype(np.float32)
     if array.shape != shape:
         raise SchemaError(
             f"tensor {name!r}: expected shape={shape}; got shape={array.shape}; reshape it or "
@@ -153,6 +153,20 @@ def unflatten(segment: FloatSegment, vector: NDArray[np.float64]) -> dict[str, N
         tensors[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)
         start += tensor.size
     return tensors
+
+
+def _numbers(name: str, value: ArrayLike) -> NDArray[Any]:
+    """An array of real numbers; the message never quotes what it holds."""
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError):
+        given = np.empty(0, dtype=object)
+    if given.dtype.kind not in "fiu":
+        raise SchemaError(
+            f"tensor {name!r}: expected numbers in one regular array; got dtype={given.dtype}; "
+            "convert it"
+        )
+    return given
 
 
 def quantize_update(
@@ -239,13 +253,29 @@ def _rotate(blocks: NDArray[np.float32] | NDArray[np.float64]) -> None:
 
 
 def _butterflies(rows: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    """Unnormalised transform of each row, as rows and columns of a square.
+
+    Transposing in between keeps every addition on long contiguous runs.
+    """
+    count, length = rows.shape
+    side = 1 << (length.bit_length() // 2)
+    square = rows.reshape(count, side, length // side)
+    _butterflies_down(square)
+    turned = square.transpose(0, 2, 1).copy()
+    _butterflies_down(turned)
+    square[...] = turned.transpose(0, 2, 1)
+
+
+def _butterflies_down(squares: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    """Butterflies over the middle axis, in place."""
+    count, height, width = squares.shape
     half = 1
-    while half < rows.shape[1]:
-        pairs = rows.reshape(rows.shape[0], -1, 2, half)
-        left, right = pairs[:, :, 0, :], pairs[:, :, 1, :]
-        difference = left - right
-        left += right
-        right[...] = difference
+    while half < height:
+        pairs = squares.reshape(count, height // (2 * half), 2, half * width)
+        upper, lower = pairs[:, :, 0, :], pairs[:, :, 1, :]
+        difference = upper - lower
+        upper += lower
+        lower[...] = difference
         half *= 2
 
 

@@ -6,7 +6,6 @@ Reading a release takes no secret: server, clients and auditors all can.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -46,6 +45,11 @@ class Release:
     rotation: bytes = field(repr=False)
     contributors: int
     sums: tuple[NDArray[np.int64], ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        # What was released once must read the same for everybody, ever after.
+        for part in self.sums:
+            part.setflags(write=False)
 
     @property
     def sha256(self) -> str:
@@ -93,13 +97,16 @@ class Release:
     def _checked_weight(self, segment: FloatSegment, weight: float) -> float:
         if not segment.weighted:
             return float(self.contributors)
-        # Rounding errors are at most half a step in standard deviation and independent; eight
-        # standard deviations never reject an honest sum.
-        slack = 8 * 0.5 * segment.step * math.sqrt(self.contributors) / segment.clip
-        if not slack < weight <= self.contributors + slack:
+        slack = segment.weight_slack(self.contributors)
+        if not -slack <= weight <= self.contributors + slack:
             raise ReleaseError(
                 f"expected a sum of weights in (0, {self.contributors}]; got an impossible one: a "
                 "client forged its weight; the round is void"
+            )
+        if weight <= slack:
+            raise ReleaseError(
+                "expected a sum of weights that stands out from its rounding errors; it is too "
+                "small to divide by; plan a smaller weight_cap, more bits, or equal weights"
             )
         return weight
 

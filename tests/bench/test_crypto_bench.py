@@ -17,7 +17,7 @@ TARGETS = {
     "client: encode, encrypt, serialise": ("ms", ">= 10x"),
     "client: the same with quantising": ("ms", ">= 7x"),
     "server: parse, validate, add": ("ms", ">= 80x"),
-    "server: without hash and signature, as theirs": ("ms", ""),
+    "server: the same, with SHA-256 and receipt": ("ms", ""),
     "key holder: decrypt, decode": ("ms", ">= 2x"),
 }
 

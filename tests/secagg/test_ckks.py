@@ -182,7 +182,7 @@ def test_ckks_decoding_of_our_plaintext_gives_the_canonical_embedding(limit: int
 
 
 def scratch() -> bytes:
-    return os.pread(ckks._SCRATCH.descriptor, 1 << 20, 0)
+    return os.pread(ckks._SCRATCH.file._descriptor, 1 << 20, 0)
 
 
 def test_nothing_is_left_in_the_scratch_file() -> None:
@@ -195,16 +195,15 @@ def test_nothing_is_left_in_the_scratch_file() -> None:
 
 
 def test_nothing_is_left_on_disk() -> None:
-    assert "memfd" in Path(f"/proc/self/fd/{ckks._SCRATCH.descriptor}").readlink().name
+    assert "memfd" in Path(f"/proc/self/fd/{ckks._SCRATCH.file._descriptor}").readlink().name
 
 
-@pytest.mark.xfail(reason="the file is not truncated when SEAL refuses", strict=True)
 def test_nothing_is_left_in_the_scratch_file_when_seal_refuses() -> None:
     beyond = np.full((1, 4096), MODULUS, dtype=np.uint64)
     with pytest.raises(RuntimeError):
         ckks.decrypt(beyond, uniform(1, 1), ternary_key(1))
     left = scratch()
-    os.ftruncate(ckks._SCRATCH.descriptor, 0)
+    os.ftruncate(ckks._SCRATCH.file._descriptor, 0)
     assert left == b""
 
 
@@ -228,16 +227,18 @@ def test_threads_do_not_mix_their_messages() -> None:
 FORK = """
 import os
 from secagg import ckks
+def inode():
+    return os.fstat(ckks._SCRATCH.file._descriptor).st_ino
+
 reader, writer = os.pipe()
 if os.fork() == 0:
-    os.write(writer, str(os.fstat(ckks._SCRATCH.descriptor).st_ino).encode())
+    os.write(writer, str(inode()).encode())
     os._exit(0)
 os.wait()
-raise SystemExit(os.read(reader, 99).decode() == str(os.fstat(ckks._SCRATCH.descriptor).st_ino))
+raise SystemExit(os.read(reader, 99).decode() == str(inode()))
 """
 
 
-@pytest.mark.xfail(reason="a forked worker shares the scratch file with its parent", strict=True)
 def test_a_forked_process_has_a_scratch_file_of_its_own() -> None:
     # Two processes that share it read one another's keys and plaintexts, or abort inside SEAL.
     assert subprocess.run([sys.executable, "-c", FORK], check=False).returncode == 0
@@ -247,7 +248,6 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.xfail(reason="the scratch file of a finished thread is never closed", strict=True)
 def test_a_finished_thread_leaves_no_open_file() -> None:
     before = open_files()
     for _ in range(5):

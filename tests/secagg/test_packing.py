@@ -61,7 +61,7 @@ def test_any_sum_in_range_survives_any_noise_within_the_guard(
     packed = pack(layout, values)
     assert packed.shape == shape
     assert np.abs(packed).max() + layout.guard < MODULUS // 2
-    assert np.array_equal(unpack(layout, packed + noise), values)
+    assert np.array_equal(unpack(layout, packed + noise, layout.sum_abs // layout.max_abs), values)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,7 +87,9 @@ def test_extreme_sums_survive_extreme_noise(layout: Layout, pattern: str) -> Non
     }[pattern]
     values = sign * layout.sum_abs
     for noise in (layout.guard, -layout.guard, 0):
-        assert np.array_equal(unpack(layout, pack(layout, values) + noise), values)
+        assert np.array_equal(
+            unpack(layout, pack(layout, values) + noise, layout.sum_abs // layout.max_abs), values
+        )
 
 
 def test_every_sign_pattern_of_all_digits_survives() -> None:
@@ -95,7 +97,14 @@ def test_every_sign_pattern_of_all_digits_survives() -> None:
     assert patterns.shape == (4096, 12)
     values = patterns.T.reshape(-1) * MANY_DIGITS.sum_abs
     for noise in (MANY_DIGITS.guard, -MANY_DIGITS.guard):
-        assert np.array_equal(unpack(MANY_DIGITS, pack(MANY_DIGITS, values) + noise), values)
+        assert np.array_equal(
+            unpack(
+                MANY_DIGITS,
+                pack(MANY_DIGITS, values) + noise,
+                MANY_DIGITS.sum_abs // MANY_DIGITS.max_abs,
+            ),
+            values,
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,7 +115,7 @@ def test_noise_beyond_the_guard_is_refused_wherever_it_is(layout: Layout, sign: 
             noisy = zeros(layout)
             noisy[-1, position] = sign * (layout.guard + excess)
             with pytest.raises(ReleaseError, match="noise beyond the guard"):
-                unpack(layout, noisy)
+                unpack(layout, noisy, layout.sum_abs // layout.max_abs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,10 +127,10 @@ def test_a_digit_beyond_the_range_is_refused_in_every_place(layout: Layout, sign
             noisy = zeros(layout)
             noisy[0, 17] = sign * (layout.sum_abs + excess) * digit_unit(layout, digit)
             with pytest.raises(ReleaseError, match="planned range"):
-                unpack(layout, noisy)
+                unpack(layout, noisy, layout.sum_abs // layout.max_abs)
         noisy[0, 17] = sign * layout.sum_abs * digit_unit(layout, digit)
         if digit * 4096 + 17 < layout.values:
-            unpack(layout, noisy)
+            unpack(layout, noisy, layout.sum_abs // layout.max_abs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -131,7 +140,7 @@ def test_the_largest_residues_are_refused_rather_than_read(layout: Layout) -> No
         # On the grid, so that the noise alone does not refuse it.
         noisy[0, 0] = value >> layout.shift << layout.shift
         with pytest.raises(ReleaseError, match="planned range"):
-            unpack(layout, noisy)
+            unpack(layout, noisy, layout.sum_abs // layout.max_abs)
 
 
 def test_anything_in_the_padding_is_refused() -> None:
@@ -140,10 +149,10 @@ def test_anything_in_the_padding_is_refused() -> None:
         noisy = zeros(SHORT)
         noisy[0, position] = value * digit_unit(SHORT, 1)
         with pytest.raises(ReleaseError, match="padding"):
-            unpack(SHORT, noisy)
+            unpack(SHORT, noisy, SHORT.sum_abs // SHORT.max_abs)
     noisy = zeros(SHORT)
     noisy[0, first - 1] = digit_unit(SHORT, 1)
-    assert unpack(SHORT, noisy)[-1] == 1
+    assert unpack(SHORT, noisy, SHORT.sum_abs // SHORT.max_abs)[-1] == 1
 
 
 def test_refusals_do_not_say_how_far_off_the_sum_was() -> None:
@@ -153,7 +162,7 @@ def test_refusals_do_not_say_how_far_off_the_sum_was() -> None:
             noisy = zeros(layout)
             noisy[0, excess] = layout.guard + excess
             with pytest.raises(ReleaseError) as error:
-                unpack(layout, noisy)
+                unpack(layout, noisy, layout.sum_abs // layout.max_abs)
             messages.add(str(error.value))
         assert len(messages) == 1
         assert not any(character.isdigit() for character in messages.pop())
@@ -169,4 +178,4 @@ def test_random_residues_are_refused(seed: int) -> None:
     uniform = np.random.default_rng(seed).integers(-(MODULUS // 2), MODULUS // 2, shape)
     assert (2 * layout.guard + 1) / (1 << layout.shift) < 0.99
     with pytest.raises(ReleaseError):
-        unpack(layout, uniform)
+        unpack(layout, uniform, layout.sum_abs // layout.max_abs)

@@ -113,7 +113,10 @@ def test_the_whole_cohort_at_the_extreme_fits_in_every_digit(
     total = [int(value) * clients for value in single[:, 0]]
     assert max(abs(value) for value in total) + layout.guard < MODULUS // 2
     for noise in (layout.guard, -layout.guard):
-        assert np.array_equal(unpack(layout, single * clients + noise), one * clients)
+        assert np.array_equal(
+            unpack(layout, single * clients + noise, layout.sum_abs // layout.max_abs),
+            one * clients,
+        )
 
 
 def test_a_thousand_clients_and_a_million_bytes_take_two_digits() -> None:

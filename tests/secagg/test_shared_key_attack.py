@@ -65,7 +65,11 @@ class SharedKey:
         return first, ckks.encrypt(self._error(), self.second, mask)
 
     def open(self, first: Residues, second: Residues, key: Residues) -> Integers:
-        return unpack(self.layout, ckks.decrypt(first, second, key))
+        return unpack(
+            self.layout,
+            ckks.decrypt(first, second, key),
+            self.layout.sum_abs // self.layout.max_abs,
+        )
 
     def publish(self, uploads: list[tuple[Residues, Residues]]) -> Integers:
         """The exact sum of a round: what a careful operator would release."""
@@ -162,7 +166,7 @@ def test_one_time_keys_leave_the_trick_nothing_but_the_attackers_own_key(
         assert abs(agreeing - RING_DEGREE / 3) < 8 * 31
         opened = ckks.decrypt(widen(upload.payload, 1), public, ckks.to_ntt(recovered[None])[0])
         with pytest.raises(ReleaseError):
-            unpack(layout, opened)
+            unpack(layout, opened, layout.sum_abs // layout.max_abs)
 
 
 def test_a_stored_upload_does_not_open_in_any_later_round() -> None:
