@@ -51,8 +51,8 @@ def plan_command(
         min_clients=min_clients,
         clip=clip,
         bits=bits,
-        weighting="samples" if weight_cap else "equal",
-        weight_cap=weight_cap or 1,
+        weighting="equal" if weight_cap is None else "samples",
+        weight_cap=1 if weight_cap is None else weight_cap,
     )
     if format_ is OutputFormat.json:
         print_json(_facts(plan, parameters))

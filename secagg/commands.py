@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from secagg.errors import SecaggError
@@ -40,7 +41,11 @@ def exits_cleanly(command: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return command(*args, **kwargs)
         except SecaggError as error:
-            err.print(f"[bold red]{error.reason}[/]: {error}", highlight=False, soft_wrap=True)
+            err.print(
+                f"[bold red]{error.reason}[/]: {escape(str(error))}",
+                highlight=False,
+                soft_wrap=True,
+            )
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

@@ -19,7 +19,7 @@ from secagg.parameters import Plan
 from secagg.sampling import Stream, uniform_polynomials
 from secagg.transcript import DIGEST_BYTES, digest
 
-__all__ = ["NO_MODEL", "ContextId", "RoundContext"]
+__all__ = ["NO_MODEL", "ContextId", "RoundContext", "check_task_id", "rotation_string"]
 
 NO_MODEL = bytes(DIGEST_BYTES)
 """Model digest of a round that has no model, such as plain analytics."""
@@ -27,6 +27,19 @@ NO_MODEL = bytes(DIGEST_BYTES)
 # Starts with a letter or digit: "." and ".." are folders of every file system.
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAX_NUMBER = 1 << 32
+
+
+def check_task_id(task_id: str) -> None:
+    """Refuse a task id that could not name a folder safely.
+
+    Raises:
+        ConfigurationError: not 1 to 64 of the allowed characters.
+    """
+    if not _TASK_ID.fullmatch(task_id):
+        raise ConfigurationError(
+            "expected a task id of 1 to 64 letters, digits, '_', '.' or '-', the first one a "
+            f"letter or digit; got {task_id[:80]!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,7 @@ class ContextId:
     round_key_id: bytes
 
     def __post_init__(self) -> None:
-        if not _TASK_ID.fullmatch(self.task_id):
-            raise ConfigurationError(
-                "expected a task id of 1 to 64 letters, digits, '_', '.' or '-', the first one a "
-                "letter or digit; got "
-                f"{self.task_id!r}"
-            )
+        check_task_id(self.task_id)
         for name in ("round_number", "attempt"):
             if not 1 <= getattr(self, name) < _MAX_NUMBER:
                 raise ConfigurationError(f"expected {name} from 1; got {getattr(self, name)}")

@@ -6,6 +6,7 @@ Plaintext is for loopback alone: anything else is refused before a socket is ope
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import grpc
 import grpc.aio
@@ -13,7 +14,15 @@ import grpc.aio
 from secagg.errors import ConfigurationError
 from secagg.wire.codec import MAX_MESSAGE_BYTES
 
-__all__ = ["add_listener", "aio_channel", "channel", "check_loopback", "is_loopback", "server"]
+__all__ = [
+    "add_listener",
+    "aio_channel",
+    "channel",
+    "check_listenable",
+    "check_loopback",
+    "is_loopback",
+    "server",
+]
 
 # Ciphertexts are incompressible, and the same limit holds on both sides. The keepalive stays below
 # the four idle minutes after which common load balancers cut a connection.
@@ -53,6 +62,25 @@ def check_loopback(address: str) -> str:
             f"plaintext only; got {address!r}; tunnel remote connections until TLS is configured"
         )
     return address
+
+
+def check_listenable(address: str) -> None:
+    """Refuse an address that cannot be listened on, before any server exists.
+
+    Raises:
+        ConfigurationError: see :func:`check_loopback`, or the port is taken.
+    """
+    host, _, port = check_loopback(address).rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigurationError(
+                f"expected a free port; {address!r} cannot be bound: {error.strerror}; stop what "
+                "listens there or choose another"
+            ) from None
 
 
 def channel(address: str) -> grpc.Channel:

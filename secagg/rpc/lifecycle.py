@@ -18,7 +18,9 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-__all__ = ["Health", "add_health", "serve_until_stopped", "write_ready_file"]
+from secagg.errors import ConfigurationError
+
+__all__ = ["Health", "add_health", "check_ready_file", "serve_until_stopped", "write_ready_file"]
 
 GRACE_S = 5.0
 _LOG = structlog.get_logger(__name__)
@@ -41,6 +43,16 @@ def add_health(server: grpc.aio.Server) -> Health:
     servicer: Health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return servicer
+
+
+def check_ready_file(path: Path | None) -> None:
+    """Refuse a ready file that could not be written, before anything is started.
+
+    Raises:
+        ConfigurationError: its folder does not exist.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ConfigurationError(f"expected ready_file in an existing folder; got {str(path)!r}")
 
 
 def write_ready_file(path: Path, addresses: dict[str, str]) -> None:

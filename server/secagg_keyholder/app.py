@@ -5,7 +5,12 @@ from __future__ import annotations
 import structlog
 
 from secagg.rpc import channels
-from secagg.rpc.lifecycle import add_health, serve_until_stopped, write_ready_file
+from secagg.rpc.lifecycle import (
+    add_health,
+    check_ready_file,
+    serve_until_stopped,
+    write_ready_file,
+)
 from secagg.wire.v1 import key_holder_service_pb2_grpc
 from secagg_keyholder.config import KeyHolderSettings
 from secagg_keyholder.rounds import Rounds
@@ -22,6 +27,9 @@ async def run(settings: KeyHolderSettings) -> None:
     Raises:
         ConfigurationError: an address that cannot be used.
     """
+    # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
+    check_ready_file(settings.ready_file)
+    channels.check_listenable(settings.listen)
     server = channels.server()
     key_holder_service_pb2_grpc.add_KeyHolderServiceServicer_to_server(
         KeyHolderService(Rounds(settings.min_clients)), server

@@ -6,7 +6,12 @@ import structlog
 
 from secagg.errors import ConfigurationError
 from secagg.rpc import channels
-from secagg.rpc.lifecycle import add_health, serve_until_stopped, write_ready_file
+from secagg.rpc.lifecycle import (
+    add_health,
+    check_ready_file,
+    serve_until_stopped,
+    write_ready_file,
+)
 from secagg.wire.v1 import aggregation_service_pb2_grpc, operator_service_pb2_grpc
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import SystemClock
@@ -39,6 +44,11 @@ async def run(settings: ServerSettings) -> None:
     Raises:
         ConfigurationError: an address or directory that cannot be used.
     """
+    # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
+    check_ready_file(settings.ready_file)
+    for address in (settings.listen, settings.admin_listen):
+        channels.check_listenable(address)
+    channels.check_loopback(settings.key_holder)
     store, blobs = _open_data(settings)
     rounds = OpenRounds(clock := SystemClock())
     key_holder = KeyHolderClient(settings.key_holder)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from secagg.context import check_task_id
 from secagg.errors import ConfigurationError
 from secagg.parameters import MIN_COHORT, FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
 from secagg.planner import make_plan
@@ -18,7 +19,9 @@ from secagg.wire.v1 import operator_service_pb2 as pb
 __all__ = ["MAX_ATTEMPTS", "TaskSpec", "read_task"]
 
 MAX_ATTEMPTS = 100
+MAX_ROUNDS = 1_000_000
 MIN_DEADLINE_MS = 100
+MAX_DEADLINE_MS = 31 * 24 * 3600 * 1000  # a month; fits into the wire's 32 bits
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,13 @@ class TaskSpec:
     target_clients: int
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.round_deadline_ms < MIN_DEADLINE_MS:
+        check_task_id(self.task_id)
+        if not (
+            1 <= self.rounds <= MAX_ROUNDS
+            and MIN_DEADLINE_MS <= self.round_deadline_ms <= MAX_DEADLINE_MS
+        ):
             raise ConfigurationError(
-                f"expected 1 or more rounds of {MIN_DEADLINE_MS} ms or more; got "
+                f"expected 1 to {MAX_ROUNDS} rounds of {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS} ms; got "
                 f"rounds={self.rounds}, round_deadline_ms={self.round_deadline_ms}"
             )
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
@@ -137,7 +144,7 @@ class _TaskFile(_Section):
     max_clients: int
     target_clients: int | None = None
     rounds: int = 1
-    round_deadline_s: float = 600.0
+    round_deadline_s: float = Field(600.0, allow_inf_nan=False)
     max_attempts: int = 3
     update: _Update | None = None
     integers: list[_Integers] = Field(default_factory=list)
@@ -160,5 +167,5 @@ def read_task(file: Path) -> TaskSpec:
         literal.rounds,
         round(literal.round_deadline_s * 1000),
         literal.max_attempts,
-        literal.target_clients or literal.max_clients,
+        literal.max_clients if literal.target_clients is None else literal.target_clients,
     )

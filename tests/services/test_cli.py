@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-import secagg_keyholder.cli
-import secagg_server.cli
 import typer
 from click.testing import Result
+from typer.testing import CliRunner
+
+import secagg_keyholder.cli
+import secagg_server.cli
 from secagg.cli import app as secagg_app
 from secagg.errors import MalformedError, SecaggError
 from secagg.planner import plan_tensors
 from secagg_server.cli import app as server_app
 from secagg_server.tasks import TaskSpec, read_task
-from typer.testing import CliRunner
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -119,7 +122,7 @@ def test_weights_change_the_plan() -> None:
         (["--clients", 5, "--parameters", 10, "--min-clients", 2], ["min_clients of 3 or more"]),
         (["--clients", 5, "--parameters", 0], ["positive sides"]),
         (["--clients", 5, "--parameters", 10, "--bits", 17], ["2 to 16 bits"]),
-        (["--clients", 5, "--parameters", 10, "--clip", "nan"], ["finite clip"]),
+        (["--clients", 5, "--parameters", 10, "--clip", "nan"], ["clip norm"]),
         (["--clients", 5, "--parameters", 1 << 40], ["split the vector"]),
         (["--clients", 2_000_000, "--parameters", 10], ["1000000"]),
         (["--clients", 5, "--parameters", 10, "--weight-cap", -1], ["weight_cap"]),
@@ -139,37 +142,69 @@ def test_a_plan_without_what_it_needs_is_a_usage_error(option: str) -> None:
 
 # --- starting services ------------------------------------------------------------------------
 
+SERVER = {"--listen": "127.0.0.1:0", "--admin-listen": "127.0.0.1:0", "--data-dir": "data"}
 
-async def it_serves(*_: object) -> None:
-    """In place of serving, so that a test that should have failed to start does not hang."""
-    pytest.fail("it serves")
+
+def start(module: str, flags: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The program as a process of its own, since one that fails late leaves much behind."""
+    arguments = [part for pair in flags.items() for part in pair]
+    return subprocess.run(
+        [sys.executable, "-m", module, "run", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flag", "value", "text"),
     [
-        (["--listen", "0.0.0.0:0"], "plaintext"),
-        (["--admin-listen", "192.168.0.1:0"], "plaintext"),
-        (["--key-holder", "kms.example.com:443"], "plaintext"),
-        (["--listen", "127.0.0.1"], "host:port"),
-        (["--listen", "127.0.0.1:70000"], "host:port"),
-        (["--log-level", "loud"], "log_level"),
-        (["--config", "nowhere.toml"], "nowhere.toml"),
-        (["--store-url", "nonsense"], "store_url"),
-        (["--store-url", "nosuchdatabase://localhost/x"], "store_url"),
-        (["--store-url", "sqlite:////nonexistent/folder/x.sqlite3"], "store_url"),
-        (["--data-dir", "/dev/null/x"], "data_dir"),
-        (["--ready-file", "nowhere/ready"], "ready_file"),
+        ("--listen", "0.0.0.0:0", "plaintext"),
+        ("--admin-listen", "192.168.0.1:0", "plaintext"),
+        ("--listen", "127.0.0.1:70000", "host:port"),
+        ("--ready-file", "nowhere/ready", "ready"),
+    ],
+)
+def test_a_server_that_fails_late_ends_with_78_and_one_line(
+    flag: str, value: str, text: str
+) -> None:
+    done = start("secagg_server.cli", SERVER | {flag: value})
+    assert (done.returncode, done.stdout) == (78, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("CONFIGURATION: ")
+    assert text in line
+
+
+def test_a_key_holder_with_a_public_address_ends_with_78_and_one_line() -> None:
+    done = start("secagg_keyholder.cli", {"--listen": "0.0.0.0:0"})
+    assert (done.returncode, done.stdout) == (78, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("CONFIGURATION: expected a loopback address")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("--key-holder", "kms.example.com:443", "plaintext"),
+        ("--log-level", "loud", "log_level"),
+        ("--config", "nowhere.toml", "nowhere.toml"),
+        ("--store-url", "nonsense", "store_url"),
+        ("--store-url", "nosuchdatabase://localhost/x", "store_url"),
+        ("--store-url", "sqlite:////nonexistent/folder/x.sqlite3", "store_url"),
+        ("--data-dir", "/dev/null/x", "data_dir"),
     ],
 )
 def test_a_server_that_cannot_run_ends_with_78_and_one_line(
-    flags: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+    flag: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secagg_server.app.serve_until_stopped", it_serves)
-    given = dict(zip(flags[::2], flags[1::2], strict=True))
-    working = {"--listen": "127.0.0.1:0", "--admin-listen": "127.0.0.1:0", "--data-dir": "data"}
-    arguments = [part for pair in (working | given).items() for part in pair]
+    arguments = [part for pair in (SERVER | {flag: value}).items() for part in pair]
     refused(run(server_app, "run", *arguments), 78, "CONFIGURATION", text)
+
+
+async def it_serves(*_: object) -> None:
+    """In place of serving, so that a program that should have failed to start does not hang."""
+    pytest.fail("it serves")
 
 
 def test_a_data_directory_whose_database_cannot_be_opened_ends_with_78(tmp_path: Path) -> None:
@@ -193,7 +228,6 @@ def test_an_unknown_variable_ends_with_78(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--listen", "0.0.0.0:0"], "plaintext"),
         (["--min-clients", "2"], "min_clients"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
     ],
@@ -248,7 +282,7 @@ def task_file(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def created(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[TaskSpec, bytes]]]:
+def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TaskSpec, bytes]]:
     """Tasks that the command would have created on a server."""
     calls: list[tuple[TaskSpec, bytes]] = []
 
@@ -260,7 +294,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[TaskSpec, by
             calls.append((spec, model))
 
     monkeypatch.setattr(secagg_server.cli, "Operator", Recording)
-    yield calls
+    return calls
 
 
 def create(file: Path, *arguments: object) -> Result:
@@ -412,7 +446,10 @@ def test_a_task_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["list"], ["show", "x"], ["abort", "x"], ["sums", "x", 1, "--output", "y.npz"]]
 )
-def test_a_server_that_is_not_there_ends_with_69_and_one_line(command: list[object]) -> None:
+def test_a_server_that_is_not_there_ends_with_69_and_one_line(
+    command: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secagg_server.operator._CONNECT_S", 0.2)
     refused(run(server_app, "task", *command, "--admin", UNREACHABLE), 69, "UNAVAILABLE")
 
 
@@ -421,10 +458,14 @@ def test_an_admin_address_beyond_this_machine_is_refused() -> None:
 
 
 def test_the_exit_code_is_that_of_the_servers_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_self: object) -> None:
-        raise MalformedError("expected this")
+    class Refusing:
+        def __init__(self, address: str) -> None:
+            pass
 
-    monkeypatch.setattr("secagg_server.operator.Operator.tasks", refuse)
+        def tasks(self) -> None:
+            raise MalformedError("expected this")
+
+    monkeypatch.setattr(secagg_server.cli, "Operator", Refusing)
     refused(run(server_app, "task", "list", "--admin", UNREACHABLE), 65, "MALFORMED: expected this")
 
 

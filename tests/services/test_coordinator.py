@@ -17,6 +17,8 @@ import structlog
 from clocks import ManualClock
 from key_holders import LocalKeyHolder
 from numpy.typing import NDArray
+from serving import soon
+
 from secagg.context import NO_MODEL, RoundContext
 from secagg.encryptor import encrypt_quantized
 from secagg.errors import (
@@ -40,7 +42,6 @@ from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import RoundState, TaskState
 from secagg_server.store import RoundRow, Store, round_key
 from secagg_server.tasks import TaskSpec
-from serving import soon
 
 DEADLINE_S = 30.0
 START = np.linspace(-1, 1, 11, dtype=np.float32)
@@ -57,9 +58,7 @@ class Server:
         self.rounds = OpenRounds(self.clock)
         self.key_holder = key_holder
         self.intake = Intake(self.store, self.blobs, self.rounds)
-        self.coordinator = Coordinator(
-            self.store, self.blobs, self.rounds, key_holder, self.clock
-        )
+        self.coordinator = Coordinator(self.store, self.blobs, self.rounds, key_holder, self.clock)
 
     def create(self, spec: TaskSpec) -> None:
         """Create and start a task, as the operator's service does."""
@@ -88,7 +87,11 @@ class Server:
         receipt = upload.admission.receipt
         for index in missing:
             self.intake.put_chunk(
-                context.id, receipt.client_key, receipt.upload_digest, index, cohort.chunk(upload, index)
+                context.id,
+                receipt.client_key,
+                receipt.upload_digest,
+                index,
+                cohort.chunk(upload, index),
             )
         self.intake.commit(context.id, receipt.client_key, receipt.upload_digest)
         accepted = self.store.counts(round_key(context)).accepted
@@ -123,9 +126,7 @@ class Server:
 
 
 @asynccontextmanager
-async def running(
-    folder: Path, key_holder: LocalKeyHolder | None = None
-) -> AsyncIterator[Server]:
+async def running(folder: Path, key_holder: LocalKeyHolder | None = None) -> AsyncIterator[Server]:
     server = Server(folder, key_holder or LocalKeyHolder())
     try:
         yield server

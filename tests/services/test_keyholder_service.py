@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import structlog
 from numpy.typing import NDArray
+from serving import LoopThread, loop_thread, serving
+
 from secagg.context import RoundContext
 from secagg.errors import (
     ClosedError,
@@ -37,7 +39,6 @@ from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
 from secagg_keyholder.rounds import Rounds
 from secagg_keyholder.service import KeyHolderService
-from serving import LoopThread, loop_thread, serving
 
 FLOOR = 3
 ACCEPTED = round_pb2.VERDICT_STATE_ACCEPTED
@@ -198,18 +199,15 @@ def test_opening_again_gives_the_same_key(holder: Holder) -> None:
 @pytest.mark.parametrize("change", ["plan", "model"])
 def test_opening_again_with_another_plan_or_model_is_refused(holder: Holder, change: str) -> None:
     first = holder.open()
+    plan = cohort.counts_plan() if change == "plan" else None
+    model_digest = bytes(32) if change == "plan" else b"\1" * 32
     with pytest.raises(DuplicateError):
-        if change == "plan":
-            holder.open(cohort.counts_plan())
-        else:
-            holder.open(model_digest=b"\1" * 32)
+        holder.open(plan, model_digest=model_digest)
     assert holder.open() == first
 
 
 @pytest.mark.parametrize(("number", "attempt"), [(1, 9), (2, 1), (2, 2)])
-def test_an_earlier_round_or_attempt_is_refused(
-    holder: Holder, number: int, attempt: int
-) -> None:
+def test_an_earlier_round_or_attempt_is_refused(holder: Holder, number: int, attempt: int) -> None:
     later = holder.open(number=2, attempt=3)
     with pytest.raises(ClosedError):
         holder.open(number=number, attempt=attempt)
@@ -257,7 +255,7 @@ def test_a_cohort_below_the_floor_is_refused(thread: LoopThread) -> None:
 
     with serving(thread, add) as address, channels.channel(address) as channel:
         holder = Holder(key_holder_service_pb2_grpc.KeyHolderServiceStub(channel))
-        with pytest.raises(ConfigurationError, match="min_clients=5.*min_clients=4"):
+        with pytest.raises(ConfigurationError, match=r"min_clients=5.*min_clients=4"):
             holder.open(cohort.mixed_plan(min_clients=4))
         holder.open(cohort.mixed_plan(min_clients=5))
 
@@ -313,7 +311,12 @@ def test_verdicts_are_the_same_when_asked_again(holder: Holder) -> None:
         cohort.noise_upload(context, 2),
         cohort.encrypted(context, 3),
     ]
-    wanted = [(ACCEPTED, ""), (REJECTED, "INVALID_SEAL"), (REJECTED, "INVALID_SEAL"), (ACCEPTED, "")]
+    wanted = [
+        (ACCEPTED, ""),
+        (REJECTED, "INVALID_SEAL"),
+        (REJECTED, "INVALID_SEAL"),
+        (ACCEPTED, ""),
+    ]
     assert holder.judge(context, uploads) == wanted
     assert holder.judge(context, uploads) == wanted
     assert holder.judge(context, uploads[::-1]) == wanted[::-1]
@@ -322,8 +325,14 @@ def test_verdicts_are_the_same_when_asked_again(holder: Holder) -> None:
 def test_a_second_upload_of_a_client_is_refused_and_the_first_stays(holder: Holder) -> None:
     context = holder.open()
     first, second = cohort.encrypted(context, 0), cohort.encrypted(context, 0)
-    assert holder.judge(context, [first, second]) == [(ACCEPTED, ""), (REJECTED, "DUPLICATE_UPLOAD")]
-    assert holder.judge(context, [second, first]) == [(REJECTED, "DUPLICATE_UPLOAD"), (ACCEPTED, "")]
+    assert holder.judge(context, [first, second]) == [
+        (ACCEPTED, ""),
+        (REJECTED, "DUPLICATE_UPLOAD"),
+    ]
+    assert holder.judge(context, [second, first]) == [
+        (REJECTED, "DUPLICATE_UPLOAD"),
+        (ACCEPTED, ""),
+    ]
 
 
 def test_an_upload_with_a_forged_receipt_is_refused(holder: Holder) -> None:
@@ -543,9 +552,7 @@ def test_a_manifest_of_names_of_the_wrong_size_is_malformed(
 
 
 @pytest.mark.parametrize("change", [-28672, -7, -1, 1, 7, 28672])
-def test_a_sum_of_the_wrong_size_is_malformed(
-    holder: Holder, judged: Judged, change: int
-) -> None:
+def test_a_sum_of_the_wrong_size_is_malformed(holder: Holder, judged: Judged, change: int) -> None:
     data = judged.data + bytes(max(0, change))
     data = data[: len(judged.data) + change]
     with pytest.raises(MalformedError):
@@ -578,9 +585,7 @@ def test_an_endless_stream_is_cut_off(holder: Holder, judged: Judged) -> None:
 def test_nothing_is_released_for_a_context_that_differs(holder: Holder, judged: Judged) -> None:
     for change in ({"attempt": 2}, {"model_digest": b"\1" * 32}, {"round_key_id": bytes(32)}):
         name = codec.context_id_to_wire(replace(judged.context.id, **change))
-        first = pb.ReleaseRequest(
-            manifest=pb.Manifest(context=name, upload_digests=judged.digests)
-        )
+        first = pb.ReleaseRequest(manifest=pb.Manifest(context=name, upload_digests=judged.digests))
         with pytest.raises((ContextError, ClosedError)):
             holder.stream([first, *pieces(judged.data)])
     opens(holder, judged)
@@ -657,5 +662,4 @@ def test_neither_logs_nor_errors_carry_clients_seeds_or_sums(holder: Holder) -> 
         for secret in (receipt.client_key, receipt.signature, upload.admission.sealed_seed[:32]):
             assert not [form for form in forms(secret) if form in text]
     for part in numbers(sums, context.plan):
-        assert str(part.tolist()) not in text
-        assert str(np.abs(part).max()) not in text
+        assert ", ".join(str(value) for value in part[:4]) not in text

@@ -16,6 +16,8 @@ from clocks import FakeTime
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from serving import LoopThread, loop_thread, serving
+
 from secagg.errors import (
     ClosedError,
     ConfigurationError,
@@ -33,7 +35,6 @@ from secagg.wire.codec import MAX_MESSAGE_BYTES
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc as aggregation
 from secagg.wire.v1 import operator_service_pb2, operator_service_pb2_grpc
-from serving import LoopThread, loop_thread, serving
 
 
 def tree(root: type[SecaggError] = SecaggError) -> list[type[SecaggError]]:
@@ -56,7 +57,6 @@ class Raising(aggregation.AggregationServiceServicer):
     @translated
     async def PutChunk(self, request: pb.PutChunkRequest, context: object) -> pb.PutChunkResponse:
         return pb.PutChunkResponse()
-
 
 
 class RaisingStreams(operator_service_pb2_grpc.OperatorServiceServicer):
@@ -168,7 +168,12 @@ def test_the_reason_travels_in_an_error_info_of_this_project(
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("token=hunter2"), KeyError("hunter2"), AssertionError("hunter2"), OSError(5, "hunter2")],
+    [
+        RuntimeError("token=hunter2"),
+        KeyError("hunter2"),
+        AssertionError("hunter2"),
+        OSError(5, "hunter2"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_unexpected_error_crosses_without_its_text(
@@ -204,7 +209,7 @@ def test_an_expected_error_is_not_logged_as_an_unexpected_one(
 def test_a_long_message_does_not_cost_the_reason(
     size: int, raising: Raising, stub: aggregation.AggregationServiceStub
 ) -> None:
-    """Texts quote what came in (names of tensors, say), so that a peer decides how long they are."""
+    """Texts quote what came in (names of tensors, say), so that a peer decides on their length."""
     raising.error = PlanError("x" * size)
     assert type(from_rpc_error(ask(stub))) is PlanError
 
@@ -506,9 +511,23 @@ def test_any_other_address_is_refused_before_a_socket_is_opened(address: str) ->
 
 @pytest.mark.parametrize(
     "address",
-    ["", ":", "127.0.0.1", "127.0.0.1:", ":7400", "127.0.0.1:70000", "127.0.0.1:65536"]
-    + ["127.0.0.1:-1", "127.0.0.1:http", "127.0.0.1:80/path", "unix:/tmp/socket", "7400"]
-    + ["127.0.0.1:²", "127.0.0.1:٣", "127.0.0.1: 80"],
+    [
+        "",
+        ":",
+        "127.0.0.1",
+        "127.0.0.1:",
+        ":7400",
+        "127.0.0.1:70000",
+        "127.0.0.1:65536",
+        "127.0.0.1:-1",
+        "127.0.0.1:http",
+        "127.0.0.1:80/path",
+        "127.0.0.1:²",
+        "127.0.0.1:٣",
+        "127.0.0.1: 80",
+        "unix:/tmp/socket",
+        "7400",
+    ],
 )
 def test_an_address_without_a_usable_port_is_refused_with_the_form(address: str) -> None:
     with pytest.raises(ConfigurationError, match="host:port"):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from secagg.errors import ConfigurationError
 from secagg.settings import load, read_toml
 from secagg_keyholder.config import KeyHolderSettings

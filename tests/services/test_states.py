@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from secagg.errors import ClosedError
 from secagg.wire.v1 import operator_service_pb2, round_pb2
 from secagg_server import states
@@ -67,5 +68,6 @@ def test_every_state_has_a_row_and_only_final_ones_have_no_way_out() -> None:
     ],
 )
 def test_the_wire_knows_the_same_states(own: type, wire: object, prefix: str) -> None:
-    names = {name.removeprefix(prefix) for name in wire.keys()}  # type: ignore[attr-defined]
+    spelled = wire.keys()  # type: ignore[attr-defined]
+    names = {name.removeprefix(prefix) for name in spelled}
     assert names - {"UNSPECIFIED"} == {str(state) for state in own}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cohort
 import pytest
+
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError
 from secagg.parameters import Plan
@@ -62,9 +63,7 @@ def to_releasing(store: Store, key: RoundKey) -> None:
 
 
 def finish(store: Store, key: RoundKey, *, has_model: bool = True) -> int:
-    return store.finish_round(
-        key, DIGEST, 4, aggregate_ms=1.5, release_ms=2.5, has_model=has_model
-    )
+    return store.finish_round(key, DIGEST, 4, aggregate_ms=1.5, release_ms=2.5, has_model=has_model)
 
 
 # --- tasks ------------------------------------------------------------------------------------
@@ -450,8 +449,15 @@ def test_two_servers_on_one_file_see_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "nonsense", "sqlite", "nosuchdatabase://host/x", "sqlite+nosuchdriver:///x"]
-    + ["sqlite:////nonexistent/folder/x.sqlite3", "postgresql://u:p@host:port/x"],
+    [
+        "",
+        "nonsense",
+        "sqlite",
+        "nosuchdatabase://host/x",
+        "sqlite+nosuchdriver:///x",
+        "sqlite:////nonexistent/folder/x.sqlite3",
+        "postgresql://u:p@host:port/x",
+    ],
 )
 def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigurationError, match="store_url"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
 from secagg.keyholder import KeyHolder
@@ -131,7 +132,9 @@ def noise_upload(context: RoundContext, index: int, nonce: int = 0) -> Upload:
     payload = narrow(uniform_polynomials(stream, context.plan.blocks))
     sealed = stream.read(SEALED_SEED_BYTES)
     digest = hashlib.sha256(payload).digest()
-    return Upload(Admission(Receipt.sign(identity(index), context.id, digest, sealed), sealed), payload)
+    return Upload(
+        Admission(Receipt.sign(identity(index), context.id, digest, sealed), sealed), payload
+    )
 
 
 def broken_seal(context: RoundContext, index: int) -> Upload:
@@ -147,5 +150,3 @@ def chunk(upload: Upload, index: int) -> bytes:
     """Chunk ``index`` of an upload."""
     size = 32 * BLOCK_BYTES
     return upload.payload[index * size : (index + 1) * size]
-
-

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from secagg.context import RoundContext
 from secagg.errors import SecaggError
 from secagg.parameters import Plan

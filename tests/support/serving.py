@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import grpc.aio
+
 from secagg.rpc import channels
 
 __all__ = ["LoopThread", "loop_thread", "serving", "soon"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import grpc_tools
 import pytest
 from google.protobuf.message import Message
 from grpc_tools import protoc
+
 from secagg.parameters import CHUNK_BYTES, FloatSegment, TensorSpec
 from secagg.planner import make_plan
 from secagg.wire import codec
@@ -65,7 +67,7 @@ def test_the_contract_passes_buf_lint() -> None:
 def test_every_field_message_and_method_of_the_contract_has_a_comment() -> None:
     for file in PROTOS:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in itertools.pairwise(lines):
             declares = line.startswith(("message ", "enum ", "service ", "rpc "))
             numbered = " = " in line and line.endswith(";") and not line.startswith("//")
             if (declares or numbered) and not line.startswith("syntax"):
@@ -93,11 +95,18 @@ def test_every_method_translates_its_errors() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["plan_pb2", "round_pb2", "aggregation_service_pb2", "operator_service_pb2"]
-    + ["key_holder_service_pb2"],
+    [
+        "plan_pb2",
+        "round_pb2",
+        "aggregation_service_pb2",
+        "operator_service_pb2",
+        "key_holder_service_pb2",
+    ],
 )
 def test_messages_import_without_grpc(module: str) -> None:
-    code = f"import sys, secagg.wire.v1.{module}, secagg.wire.codec; assert 'grpc' not in sys.modules"
+    code = (
+        f"import sys, secagg.wire.v1.{module}, secagg.wire.codec; assert 'grpc' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,0 +1,280 @@
+"""What operators ask of the server: tasks, results, and everything that is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cohort
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from key_holders import LocalKeyHolder
+from serving import loop_thread, serving
+
+from secagg.errors import (
+    ClosedError,
+    ConfigurationError,
+    DuplicateError,
+    MalformedError,
+    PlanError,
+)
+from secagg.rpc import channels
+from secagg.rpc.status import from_rpc_error
+from secagg.wire import codec
+from secagg.wire.v1 import operator_service_pb2 as pb
+from secagg.wire.v1 import operator_service_pb2_grpc
+from secagg_server.blobs import BlobStore
+from secagg_server.clock import SystemClock
+from secagg_server.coordinator import Coordinator
+from secagg_server.operator import Operator
+from secagg_server.rounds import OpenRounds
+from secagg_server.services import OperatorService
+from secagg_server.store import Store
+from secagg_server.tasks import TaskSpec
+
+
+@dataclass
+class Office:
+    """A server's admin listener, a client of it, and where its files are."""
+
+    operator: Operator
+    stub: operator_service_pb2_grpc.OperatorServiceStub
+    folder: Path
+    blobs: BlobStore
+
+    def create(self, parts: Iterable[pb.CreateTaskRequest]) -> pb.CreateTaskResponse:
+        try:
+            return self.stub.CreateTask(iter(parts), timeout=20)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def files(self) -> set[Path]:
+        return {path for path in self.folder.rglob("*") if path.suffix in (".f32", ".i64")}
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Iterator[Office]:
+    data = tmp_path / "a" / "b" / "data"
+    blobs = BlobStore(data)
+    store, clock = Store(f"sqlite:///{tmp_path}/store.sqlite3"), SystemClock()
+    coordinator = Coordinator(store, blobs, OpenRounds(clock), LocalKeyHolder(), clock)
+
+    def add(server: grpc.aio.Server) -> None:
+        service = OperatorService(store, blobs, coordinator)
+        operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(service, server)
+
+    with (
+        loop_thread() as thread,
+        serving(thread, add) as address,
+        channels.channel(address) as channel,
+        closing(Operator(address)) as operator,
+    ):
+        stub = operator_service_pb2_grpc.OperatorServiceStub(channel)
+        yield Office(operator, stub, tmp_path, blobs)
+        thread.run(coordinator.stop())
+    store.close()
+
+
+def task(**changes: int) -> TaskSpec:
+    spec = TaskSpec("task", cohort.mixed_plan(), 2, 600_000, 3, 6)
+    return replace(spec, **changes)
+
+
+def first(**changes: object) -> pb.CreateTaskRequest:
+    """The first message of a task that differs from a good one in these fields."""
+    message = task().to_wire()
+    for name, value in changes.items():
+        setattr(message, name, value)
+    return pb.CreateTaskRequest(spec=message)
+
+
+def model(*data: bytes) -> list[pb.CreateTaskRequest]:
+    return [pb.CreateTaskRequest(model_data=part) for part in data]
+
+
+GOOD_MODEL = codec.model_to_bytes(np.arange(11, dtype=np.float32))
+
+
+def test_a_task_with_its_model_is_created_and_listed(office: Office) -> None:
+    office.operator.create_task(task(), GOOD_MODEL)
+    (status,) = office.operator.tasks()
+    assert TaskSpec.from_wire(status.spec) == task()
+    assert (status.state, status.rounds_done, status.model_version) == (pb.TASK_STATE_RUNNING, 0, 0)
+    assert office.blobs.model("task", 0) == GOOD_MODEL
+
+
+def test_without_a_model_the_task_starts_from_zeros(office: Office) -> None:
+    office.operator.create_task(task())
+    assert office.blobs.model("task", 0) == bytes(44)
+
+
+def test_a_model_in_many_pieces_arrives_whole(office: Office) -> None:
+    office.create([first(), *model(GOOD_MODEL[:7], GOOD_MODEL[7:40], GOOD_MODEL[40:])])
+    assert office.blobs.model("task", 0) == GOOD_MODEL
+
+
+def test_creating_the_same_task_again_changes_nothing(office: Office) -> None:
+    for _ in range(2):
+        office.operator.create_task(task(), GOOD_MODEL)
+    assert len(office.operator.tasks()) == 1
+    assert len(office.operator.task("task").rounds) == 1
+
+
+@pytest.mark.parametrize("other", [task(rounds=3), task(max_attempts=2), task(target_clients=5)])
+def test_a_different_task_of_the_same_id_is_refused(office: Office, other: TaskSpec) -> None:
+    office.operator.create_task(task(), GOOD_MODEL)
+    with pytest.raises(DuplicateError):
+        office.operator.create_task(other, GOOD_MODEL)
+    with pytest.raises(DuplicateError):
+        office.operator.create_task(task())
+    assert office.blobs.model("task", 0) == GOOD_MODEL
+
+
+@pytest.mark.parametrize(
+    "task_id", ["../../escaped", "..", ".", "", "a/b", "x" * 65, "a\0b", "ABSOLUTE"]
+)
+def test_a_hostile_task_id_is_refused_and_writes_nothing(office: Office, task_id: str) -> None:
+    name = str(office.folder / "absolute") if task_id == "ABSOLUTE" else task_id
+    with pytest.raises((ConfigurationError, MalformedError), match="task id"):
+        office.create([first(task_id=name), *model(GOOD_MODEL)])
+    assert office.files() == set()
+    assert office.operator.tasks() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"round_deadline_ms": 99}, "round_deadline_ms=99"),
+        ({"max_attempts": 0}, "max_attempts=0"),
+        ({"max_attempts": 101}, "max_attempts=101"),
+        ({"target_clients": 2}, "target_clients=2"),
+        ({"target_clients": 7}, "target_clients=7"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(
+    office: Office, changes: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        office.create([first(**changes)])
+    assert office.files() == set()
+
+
+def test_a_plan_that_cannot_be_exact_is_refused(office: Office) -> None:
+    message = task().to_wire()
+    message.plan.segments[1].integers.max_abs = 1 << 60
+    with pytest.raises(PlanError):
+        office.create([pb.CreateTaskRequest(spec=message)])
+
+
+def test_a_task_without_a_plan_is_refused(office: Office) -> None:
+    message = task().to_wire()
+    message.ClearField("plan")
+    with pytest.raises(PlanError):
+        office.create([pb.CreateTaskRequest(spec=message)])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [pb.CreateTaskRequest()],
+        model(GOOD_MODEL),
+        [first(), first()],
+        [first(), pb.CreateTaskRequest()],
+        [first(), *model(GOOD_MODEL), first()],
+    ],
+    ids=["nothing", "empty", "no spec", "two specs", "empty model part", "spec after model"],
+)
+def test_messages_in_another_order_are_malformed(
+    office: Office, parts: list[pb.CreateTaskRequest]
+) -> None:
+    with pytest.raises(MalformedError):
+        office.create(parts)
+    assert office.operator.tasks() == []
+    assert office.files() == set()
+
+
+NAN = codec.model_to_bytes(np.full(11, np.nan, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [GOOD_MODEL[:-1], GOOD_MODEL[:-4], GOOD_MODEL + b"\0", GOOD_MODEL * 2, NAN],
+    ids=["a byte short", "a value short", "a byte long", "twice", "NaN"],
+)
+def test_a_model_of_the_wrong_size_or_values_is_malformed(office: Office, data: bytes) -> None:
+    with pytest.raises(MalformedError):
+        office.create([first(), *model(data)])
+    assert office.operator.tasks() == []
+    assert office.files() == set()
+
+
+def test_an_endless_model_is_cut_off(office: Office) -> None:
+    sent = 0
+
+    def endless() -> Iterator[pb.CreateTaskRequest]:
+        nonlocal sent
+        yield first()
+        while sent < 2000:
+            sent += 1
+            yield pb.CreateTaskRequest(model_data=bytes(100_000))
+
+    with pytest.raises(MalformedError, match="got more"):
+        office.create(endless())
+    assert sent < 1000
+
+
+def test_a_model_for_a_task_without_one_is_malformed(office: Office) -> None:
+    spec = replace(task(), plan=cohort.counts_plan())
+    with pytest.raises(MalformedError):
+        office.operator.create_task(spec, GOOD_MODEL)
+
+
+def test_an_unknown_task_is_refused_by_every_method(office: Office) -> None:
+    for call in (
+        lambda: office.operator.task("nothing"),
+        lambda: office.operator.abort_task("nothing"),
+        lambda: office.operator.sums("nothing", 1),
+    ):
+        with pytest.raises(ConfigurationError, match="'nothing'"):
+            call()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, (1 << 32) - 1])
+def test_sums_of_a_round_that_is_not_done_are_refused(office: Office, number: int) -> None:
+    office.operator.create_task(task())
+    with pytest.raises(ClosedError, match="no result"):
+        office.operator.sums("task", number)
+
+
+def test_ending_a_task_twice_is_ending_it_once(office: Office) -> None:
+    office.operator.create_task(task())
+    for _ in range(2):
+        office.operator.abort_task("task")
+    answer = office.operator.task("task")
+    assert answer.task.state == pb.TASK_STATE_FAILED
+    assert answer.task.reason.startswith("ABORTED")
+    assert all(record.reason.startswith("ABORTED") for record in answer.rounds)
+
+
+def test_a_task_that_was_ended_is_not_started_by_creating_it_again(office: Office) -> None:
+    office.operator.create_task(task())
+    office.operator.abort_task("task")
+    rounds = len(office.operator.task("task").rounds)
+    assert office.create([first()]).state == pb.TASK_STATE_FAILED
+    assert len(office.operator.task("task").rounds) == rounds
+
+
+def test_operators_hear_of_no_client(office: Office) -> None:
+    """Records count clients; the messages have no field that could name one."""
+    fields = {
+        field.name
+        for message in (pb.RoundRecord, pb.TaskStatus, pb.GetSumsResponse)
+        for field in message.DESCRIPTOR.fields
+    }
+    assert not {name for name in fields if "key" in name or "client" in name}
