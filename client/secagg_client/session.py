@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from secagg.context import NO_MODEL, RoundContext
 from secagg.encryptor import encrypt_quantized
 from secagg.errors import ClosedError, ConfigurationError, ContextError, MalformedError
-from secagg.parameters import CHUNK_BYTES, FloatSegment, TensorSpec
+from secagg.parameters import CHUNK_BYTES, MAX_VALUES, FloatSegment, TensorSpec
 from secagg.quantize import Contribution, quantize
 from secagg.receipts import SigningKey
 from secagg.rpc.channels import channel, is_loopback
@@ -32,10 +32,13 @@ from secagg.rpc.retry import RetryPolicy
 from secagg.sampling import Stream
 from secagg.upload import Upload
 from secagg.wire.codec import (
+    MODEL_VALUE_BYTES,
     admission_to_wire,
     context_id_to_wire,
+    exact,
     model_digest,
     model_from_bytes,
+    piece_count,
     round_context_from_wire,
     tensors_from_wire,
 )
@@ -173,8 +176,12 @@ class ClientSession:
             except ClosedError:
                 return
             context = round_context_from_wire(answer.context, answer.plan, answer.round_key)
-            if context.id.task_id != self._task_id:
-                raise ContextError("expected a round of the task joined; got another task's")
+            offered = (context.id.round_number, context.id.attempt)
+            if context.id.task_id != self._task_id or offered <= done:
+                raise ContextError(
+                    "expected a later round of the task joined; got another one: this server "
+                    "repeats itself or mixes tasks up"
+                )
             yield CurrentRound(
                 context, self._starting_model(context, answer), answer.rounds_total, self
             )
@@ -191,15 +198,17 @@ class ClientSession:
         """The model that the context's digest names, or none."""
         if context.id.model_digest == NO_MODEL:
             return Model(0, {})
-        data, tensors = self._download(
-            pb.GetModelRequest(task_id=self._task_id, version=answer.model_version)
-        )
-        if model_digest(data) != context.id.model_digest:
-            raise ContextError("expected the model that the round names; its SHA-256 differs")
         floats = [s for s in context.plan.segments if isinstance(s, FloatSegment)]
-        if not floats or floats[0].tensors != tensors:
+        if not floats:
+            raise ContextError("expected no model in a task without floats; the round names one")
+        request = pb.GetModelRequest(task_id=self._task_id, version=answer.model_version)
+        first: pb.GetModelResponse = self._call(self._stub.GetModel, request)
+        if tensors_from_wire(first.tensors) != floats[0].tensors:
             raise ContextError("expected the model's tensors to be the plan's; they differ")
-        return Model(answer.model_version, _unflatten(data, tensors))
+        data = self._download(request, first, floats[0].tensors)
+        if {model_digest(data), first.model_digest} != {context.id.model_digest}:
+            raise ContextError("expected the model that the round names; its SHA-256 differs")
+        return Model(answer.model_version, _unflatten(data, floats[0].tensors))
 
     def latest_model(self) -> Model:
         """The task's newest model version.
@@ -208,21 +217,34 @@ class ClientSession:
             ConfigurationError: unknown task, or one without a model.
             UnavailableError: the server could not be reached in time.
         """
-        first = pb.GetModelRequest(task_id=self._task_id, latest=True)
-        version = self._call(self._stub.GetModel, first).version
-        data, tensors = self._download(pb.GetModelRequest(task_id=self._task_id, version=version))
-        return Model(version, _unflatten(data, tensors))
-
-    def _download(self, request: pb.GetModelRequest) -> tuple[bytes, tuple[TensorSpec, ...]]:
+        request = pb.GetModelRequest(task_id=self._task_id, latest=True)
         first: pb.GetModelResponse = self._call(self._stub.GetModel, request)
+        tensors = tensors_from_wire(first.tensors)
+        pinned = pb.GetModelRequest(task_id=self._task_id, version=first.version)
+        data = self._download(pinned, first, tensors)
+        if model_digest(data) != first.model_digest:
+            raise MalformedError("expected the model that the server announced; it differs")
+        return Model(first.version, _unflatten(data, tensors))
+
+    def _download(
+        self,
+        request: pb.GetModelRequest,
+        first: pb.GetModelResponse,
+        tensors: tuple[TensorSpec, ...],
+    ) -> bytes:
+        """A model whose size the tensors fix before its second piece is asked for."""
+        total = sum(tensor.size for tensor in tensors) * MODEL_VALUE_BYTES
+        announced = (first.total_bytes, first.chunk_count)
+        if announced != (total, piece_count(total)) or total > MAX_VALUES * MODEL_VALUE_BYTES:
+            raise MalformedError(
+                f"expected a model of {total} bytes in {piece_count(total)} pieces; the server "
+                "announced another one"
+            )
         pieces = [first.data]
         for index in range(1, first.chunk_count):
             request.chunk_index = index
             pieces.append(self._call(self._stub.GetModel, request).data)
-        data = b"".join(pieces)
-        if len(data) != first.total_bytes or model_digest(data) != first.model_digest:
-            raise MalformedError("expected the model that the server announced; it differs")
-        return data, tensors_from_wire(first.tensors)
+        return exact("model", b"".join(pieces), total)
 
     def contribute(
         self, context: RoundContext, contributions: Mapping[str, Contribution], *, samples: int

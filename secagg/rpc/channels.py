@@ -54,7 +54,7 @@ def check_loopback(address: str) -> str:
         ConfigurationError: not ``host:port``, or not a loopback address.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigurationError(f"expected an address of the form host:port; got {address!r}")
     if not is_loopback(address):
         raise ConfigurationError(

@@ -46,18 +46,23 @@ class RetryPolicy:
         Raises:
             SecaggError: what the other side raised, or `UnavailableError` after ``total_s``.
         """
-        wait, given_up_at = self.initial_s, self.clock() + self.total_s
+        wait, unreachable_since = self.initial_s, None
         while True:
             try:
                 return attempt()
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                asked = retry_delay_s(rpc_error)
+                error, asked = from_rpc_error(rpc_error), retry_delay_s(rpc_error)
+            now = self.clock()
             if isinstance(error, NotReadyError):
-                given_up_at = self.clock() + self.total_s
-            elif not isinstance(error, UnavailableError) or self.clock() >= given_up_at:
+                wait, unreachable_since = self.initial_s, None
+            elif isinstance(error, UnavailableError):
+                unreachable_since = now if unreachable_since is None else unreachable_since
+            if not isinstance(error, NotReadyError | UnavailableError) or (
+                unreachable_since is not None and now - unreachable_since >= self.total_s
+            ):
                 raise error
+            # A server may ask for patience, but not for years.
+            delay = min(asked if asked and asked > 0 else wait, self.longest_s)
             # Jitter keeps a thousand clients from coming back in step; it protects no secret.
-            delay = asked or min(wait, self.longest_s)
             self.sleep(delay * random.uniform(0.75, 1.25))  # noqa: S311
             wait *= 2

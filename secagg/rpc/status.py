@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -25,6 +26,7 @@ from secagg.logs import where
 __all__ = ["DOMAIN", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
 
 DOMAIN = "secagg"
+MAX_TEXT = 2000  # the text travels twice, in headers of at most 16 KiB
 _RETRY_MS = 200
 _LOG = structlog.get_logger(__name__)
 
@@ -33,7 +35,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def to_status(error: SecaggError) -> status_pb2.Status:
     """The rich status that carries this error."""
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=str(error))
+    message = str(error)[:MAX_TEXT]
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
     if isinstance(error, NotReadyError):
         delay = Duration(nanos=_RETRY_MS * 1_000_000)
@@ -43,9 +46,9 @@ def to_status(error: SecaggError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.RpcError) -> SecaggError:
     """The error that the other side raised, or the nearest one for a failed connection."""
-    status = rpc_status.from_call(cast(grpc.Call, error))
+    status = _status(error)
     info = error_details_pb2.ErrorInfo()
-    for detail in status.details if status else ():
+    for detail in status.details:
         if detail.Unpack(info) and info.domain == DOMAIN:
             return by_reason(info.reason)(status.message)
     call = cast(grpc.Call, error)
@@ -54,11 +57,19 @@ def from_rpc_error(error: grpc.RpcError) -> SecaggError:
     return SecaggError(f"the other side failed: {call.code()}: {call.details()}")
 
 
+def _status(error: grpc.RpcError) -> status_pb2.Status:
+    """The rich status of a failed call; empty where the peer sent none, or garbage."""
+    try:
+        found = rpc_status.from_call(cast(grpc.Call, error))
+    except (ValueError, DecodeError):
+        found = None
+    return found or status_pb2.Status()
+
+
 def retry_delay_s(error: grpc.RpcError) -> float | None:
     """Seconds after which the other side asks to be tried again; None when it does not ask."""
-    status = rpc_status.from_call(cast(grpc.Call, error))
     info = error_details_pb2.RetryInfo()
-    for detail in status.details if status else ():
+    for detail in _status(error).details:
         if detail.Unpack(info):
             return float(info.retry_delay.ToTimedelta().total_seconds())
     return None

@@ -53,8 +53,6 @@ class Rounds:
             )
         if current is not None and wanted == known:
             return _same(current, plan, model_digest)
-        if current is not None:
-            current.close()
         fresh = KeyHolder(
             plan,
             task_id=task_id,
@@ -62,6 +60,8 @@ class Rounds:
             attempt=attempt,
             model_digest=model_digest,
         )
+        if current is not None:
+            current.close()
         self._current[task_id] = fresh
         return fresh
 

@@ -132,8 +132,9 @@ async def _received(requests: AsyncIterator[pb.ReleaseRequest], rounds: Rounds) 
         part = request.WhichOneof("part")
         if part == "manifest" and not data:
             named = context_id_from_wire(request.manifest.context)
-            plan = rounds.plan(named)
-            context = named
+            context = context or named
+            context.require(named)
+            plan = rounds.plan(context)
             digests += [
                 exact("upload_digest", name, DIGEST_BYTES)
                 for name in request.manifest.upload_digests

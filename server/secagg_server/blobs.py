@@ -44,6 +44,10 @@ class BlobStore:
         """Remove the chunks of every upload of a finished attempt."""
         shutil.rmtree(self._round(context), ignore_errors=True)
 
+    def drop_uploads(self, task_id: str) -> None:
+        """Remove the chunks of every upload of a task."""
+        shutil.rmtree(self._root / "uploads" / task_id, ignore_errors=True)
+
     def put_model(self, task_id: str, version: int, data: bytes) -> None:
         """Store a model version."""
         _write(self._root / "models" / task_id / f"{version}.f32", data)
@@ -83,7 +87,17 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             draft.replace(path)
+            _flush_folder(path.parent)
         except BaseException:
             # A full disk must not fill up further with drafts.
             draft.unlink(missing_ok=True)
             raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

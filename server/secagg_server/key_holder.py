@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import grpc
@@ -104,7 +104,17 @@ class KeyHolderClient:
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        return round_context_from_wire(answer.context, request.plan, answer.round_key)
+        context = round_context_from_wire(answer.context, request.plan, answer.round_key)
+        context.id.require(
+            replace(
+                context.id,
+                task_id=task_id,
+                round_number=round_number,
+                attempt=attempt,
+                model_digest=model_digest,
+            )
+        )
+        return context
 
     async def judge(self, context: RoundContext, admissions: Sequence[Admission]) -> Opened:
         """Which uploads must not be summed, and why.

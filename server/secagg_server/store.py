@@ -119,7 +119,8 @@ def _now() -> datetime.datetime:
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed)
+        # Parameters hold receipts and keys; they stay out of the text of errors.
+        engine = create_engine(parsed, hide_parameters=True)
     except (SQLAlchemyError, ImportError, ValueError) as error:
         # Not the error's text: it may quote the URL, and the URL may hold a password.
         raise ConfigurationError(
@@ -279,6 +280,22 @@ class Store:
             row.model_version = task.model_version
             row.aggregate_ms, row.release_ms = aggregate_ms, release_ms
             return task.model_version
+
+    def attempts(self, task_id: str, round_number: int) -> int:
+        """Attempts at a round so far."""
+        with self._session() as session:
+            last = select(func.max(RoundRow.attempt)).where(
+                RoundRow.task_id == task_id, RoundRow.round_number == round_number
+            )
+            return session.scalar(last) or 0
+
+    def void_round(self, key: RoundKey, reason: str) -> None:
+        """End a round whose released sum cannot be used; the task continues with the next one."""
+        with self._session.begin() as session:
+            row = session.get_one(RoundRow, key)
+            check_transition(row.state, RoundState.ABORTED)
+            row.state, row.reason, row.ended_at = RoundState.ABORTED, reason, _now()
+            session.get_one(TaskRow, row.task_id).rounds_done = row.round_number
 
     def abort_round(self, key: RoundKey, reason: str) -> None:
         """End an attempt without a result; one that has ended stays as it is."""

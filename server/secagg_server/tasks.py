@@ -51,8 +51,8 @@ class TaskSpec:
             and MIN_DEADLINE_MS <= self.round_deadline_ms <= MAX_DEADLINE_MS
         ):
             raise ConfigurationError(
-                f"expected 1 to {MAX_ROUNDS} rounds of {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS} ms; got "
-                f"rounds={self.rounds}, round_deadline_ms={self.round_deadline_ms}"
+                f"expected 1 to {MAX_ROUNDS} rounds of {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS} ms; "
+                f"got rounds={self.rounds}, round_deadline_ms={self.round_deadline_ms}"
             )
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
             raise ConfigurationError(

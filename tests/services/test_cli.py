@@ -8,12 +8,13 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 import typer
 from click.testing import Result
 from typer.testing import CliRunner
@@ -30,12 +31,14 @@ UNREACHABLE = "127.0.0.1:1"
 
 
 @pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test may leave files in the working directory, or read settings from outside."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ:
         if name.startswith("SECAGG_"):
             monkeypatch.delenv(name)
+    yield
+    structlog.reset_defaults()  # commands send logs to a stream that the runner has closed
 
 
 def run(app: typer.Typer, *arguments: object) -> Result:
