@@ -40,6 +40,12 @@ def test_quick_start_runs_and_opens_the_sum_of_three() -> None:
     assert np.abs(found - expected).max() < 0.001 * 1.5
 
 
+def test_numbers_are_those_of_the_result_files() -> None:
+    from secagg_bench.readme import rendered
+
+    assert rendered(README) == README, "run `python -m secagg_bench.readme`"
+
+
 def test_quick_start_has_at_most_twelve_lines() -> None:
     lines = [line for line in _quick_start().splitlines() if line.strip()]
     assert len(lines) <= 12
