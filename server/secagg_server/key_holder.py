@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -97,13 +97,8 @@ class KeyHolderClient:
             plan=plan_to_wire(plan),
             model_digest=model_digest,
         )
-        try:
-            # Waiting for the connection lets server and key holder start in any order.
-            answer = await self._stub.OpenRound(
-                request, timeout=_CALL_TIMEOUT_S, wait_for_ready=True
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        # Waiting for the connection lets server and key holder start in any order.
+        answer = await _ask(self._stub.OpenRound, request, wait_for_ready=True)
         context = round_context_from_wire(answer.context, request.plan, answer.round_key)
         context.id.require(
             replace(
@@ -133,10 +128,7 @@ class KeyHolderClient:
             context=context_id_to_wire(context.id),
             admissions=[admission_to_wire(admission) for admission in batch],
         )
-        try:
-            answer = await self._stub.JudgeUploads(request, timeout=_CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        answer = await _ask(self._stub.JudgeUploads, request)
         judged = {verdict.upload_digest: verdict for verdict in answer.verdicts}
         if judged.keys() != {admission.receipt.upload_digest for admission in batch}:
             raise MalformedError("expected one verdict for each upload; the key holder gave others")
@@ -174,10 +166,16 @@ class KeyHolderClient:
             SecaggError: what the key holder answered, or `UnavailableError`.
         """
         request = pb.CloseRoundRequest(context=context_id_to_wire(context.id))
-        try:
-            await self._stub.CloseRound(request, timeout=_CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        await _ask(self._stub.CloseRound, request)
+
+
+async def _ask(
+    method: Callable[..., Awaitable[Any]], request: object, *, wait_for_ready: bool = False
+) -> Any:  # noqa: ANN401 - any response message
+    try:
+        return await method(request, timeout=_CALL_TIMEOUT_S, wait_for_ready=wait_for_ready)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
 
 
 async def _release_requests(

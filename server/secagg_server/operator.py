@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
@@ -49,10 +50,7 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        try:
-            self._stub.CreateTask(_create_requests(spec, model), timeout=_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        self._ask(self._stub.CreateTask, _create_requests(spec, model))
 
     def tasks(self) -> list[pb.TaskStatus]:
         """All tasks, oldest first.
@@ -60,10 +58,7 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        try:
-            return list(self._stub.ListTasks(pb.ListTasksRequest(), timeout=_TIMEOUT_S).tasks)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        return list(self._ask(self._stub.ListTasks, pb.ListTasksRequest()).tasks)
 
     def task(self, task_id: str) -> pb.GetTaskResponse:
         """One task with its rounds.
@@ -71,12 +66,9 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        try:
-            answer: pb.GetTaskResponse = self._stub.GetTask(
-                pb.GetTaskRequest(task_id=task_id), timeout=_TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        answer: pb.GetTaskResponse = self._ask(
+            self._stub.GetTask, pb.GetTaskRequest(task_id=task_id)
+        )
         return answer
 
     def abort_task(self, task_id: str) -> None:
@@ -85,10 +77,7 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        try:
-            self._stub.AbortTask(pb.AbortTaskRequest(task_id=task_id), timeout=_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        self._ask(self._stub.AbortTask, pb.AbortTaskRequest(task_id=task_id))
 
     def sums(self, task_id: str, round_number: int) -> tuple[bytes, int]:
         """A round's exact sums as little-endian int64, and the number of contributors.
@@ -97,11 +86,16 @@ class Operator:
             SecaggError: what the server answered.
         """
         request = pb.GetSumsRequest(task_id=task_id, round_number=round_number)
+        answers = self._ask(
+            lambda *args, **kwargs: list(self._stub.GetSums(*args, **kwargs)), request
+        )
+        return b"".join(answer.data for answer in answers), answers[0].contributors
+
+    def _ask(self, method: Callable[..., Any], request: object) -> Any:  # noqa: ANN401 - any response
         try:
-            answers = list(self._stub.GetSums(request, timeout=_TIMEOUT_S))
+            return method(request, timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        return b"".join(answer.data for answer in answers), answers[0].contributors
 
 
 def _create_requests(spec: TaskSpec, model: bytes) -> Iterator[pb.CreateTaskRequest]:
