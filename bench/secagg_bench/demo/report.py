@@ -150,7 +150,7 @@ def _cost_table(results: dict[str, Any]) -> str:
             f"{seconds['aggregate'] / results['rounds'] * 1000:.1f} ms",
         ),
         (
-            "key holder's time to open the sum",
+            "to have the key holder open the sum, transfer included",
             f"{seconds['decrypt'] / results['rounds'] * 1000:.1f} ms",
         ),
     ]
@@ -219,7 +219,7 @@ def _learning_curve(results: dict[str, Any]) -> Figure:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("HR@10")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 0.1))
     return figure
 
 
