@@ -133,7 +133,7 @@ class KeyHolder:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
         self._check_cohort(upload_digests)
-        sums = self._guarded([self._seeds[name] for name in upload_digests], residues)
+        sums = self._guarded([self._seeds[upload] for upload in upload_digests], residues)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
