@@ -47,8 +47,9 @@ def _costs(results: dict[str, Any]) -> str:
         "the milliseconds. The peer is `CKKSVector` as commonly used (public key, N = 8192, "
         f"[60, 40, 40], scale 2^40); plain float32 takes {plain:.0f} bytes a parameter. It "
         "authenticates nothing, so the line to compare leaves our hash and signature out; the "
-        "next one has them. The server's peak memory does not grow with the clients: "
-        f"{memory} uploads. TenSEAL {machine['tenseal']}, numpy {machine['numpy']}, "
+        "next one has them. The peak memory of a process that sums does not grow "
+        f"with the clients: {memory} uploads. "
+        f"TenSEAL {machine['tenseal']}, numpy {machine['numpy']}, "
         f"{machine['processor']}. From [bench/results/crypto.json](bench/results/crypto.json), "
         "written by `make bench`."
     )

@@ -83,13 +83,13 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LocalUpdate:
     """What one silo learned in one round: the only thing that may leave it, and only encrypted.
 
     ``update`` is new − old of every shared tensor, float32, same names and shapes. ``samples`` is
     the number of training interactions and ``loss`` the mean cross-entropy of the last local
-    epoch in nats; both describe private data and stay on the device too.
+    epoch in nats; both describe private data and stay on the device too, out of its repr as well.
     """
 
     update: SharedTensors
@@ -197,8 +197,8 @@ class Silo:
         finite = all(np.isfinite(change).all() for change in update.values())
         if not (finite and math.isfinite(loss)):
             raise DataError(
-                f"expected a finite update, got loss={loss} in silo={self.index} "
-                f"round={round_number}; training diverged: lower learning_rate, or refuse a "
+                f"expected a finite update, got NaN or infinity in round={round_number}; "
+                "training diverged: lower learning_rate, or refuse a "
                 "model with such values"
             )
         self._vectors = vectors.detach().numpy().copy()

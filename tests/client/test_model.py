@@ -505,3 +505,10 @@ def test_fit_refuses_a_table_of_another_model() -> None:
         fit_user(init_shared(9, 5, 0), np.array([1]), CONFIG)
     with pytest.raises(DataError, match="names=none"):
         fit_user({}, np.array([1]), CONFIG)
+
+
+def test_an_update_never_shows_itself_in_text() -> None:
+    """Sample counts and losses describe private data; no log line may carry them by accident."""
+    update = LocalUpdate({"item_bias": np.full(3, 0.125, dtype=np.float32)}, 4711, 0.987)
+    shown = f"{update} {update!r}"
+    assert not any(secret in shown for secret in ("4711", "0.987", "0.125"))

@@ -83,7 +83,8 @@ class KeyHolderServiceServicer(object):
         """Opens the sum over a manifest: the manifest first, then the summed ciphertexts in chunks; the
         exact integers come back in pieces. One manifest a round: the same one gets the same bytes
         again, another one FAILED_PRECONDITION/ROUND_CLOSED. FAILED_PRECONDITION/QUORUM_NOT_REACHED
-        below min_clients; DATA_LOSS/RELEASE_REFUSED when the sum does not open under the manifest.
+        below min_clients; DATA_LOSS/RELEASE_REFUSED when the sum does not open under the
+        manifest; the second time, the round is closed for good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
