@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,14 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def _free_addresses(count: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+
+
 @pytest.mark.slow
 def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
     match = re.search(r"```console\n(\$ secagg-keyholder run &.*?)```", README, re.DOTALL)
@@ -74,10 +84,21 @@ def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
     commands = re.sub(r"^\$ ", "", match.group(1), flags=re.MULTILINE)
     script = f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{commands}"
     binaries = Path(sys.executable).parent
+    # Ports of our own: what else runs on the machine must neither stop the test nor answer it.
+    client, admin, key_holder = _free_addresses(3)
+    environment = os.environ | {
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "COLUMNS": "200",
+        "SECAGG_KEYHOLDER_LISTEN": key_holder,
+        "SECAGG_SERVER_LISTEN": client,
+        "SECAGG_SERVER_ADMIN_LISTEN": admin,
+        "SECAGG_SERVER_KEY_HOLDER": key_holder,
+        "SECAGG_CLIENT_SERVER": client,
+    }
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,
-        env=os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "COLUMNS": "200"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=110,

@@ -49,7 +49,8 @@ class Rounds:
         known = (current.context.id.round_number, current.context.id.attempt) if current else (0, 0)
         if wanted < known or (round_number <= self._released.get(task_id, 0) and wanted != known):
             raise ClosedError(
-                "expected a later round or attempt; this one is over; one release a round"
+                "expected a later round or attempt; this one is over; one release a round; a task "
+                "that starts afresh needs an id that this key holder has not seen"
             )
         if current is not None and wanted == known:
             return _same(current, plan, model_digest)

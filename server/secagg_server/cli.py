@@ -30,7 +30,14 @@ app = typer.Typer(help="The aggregation server.", no_args_is_help=True)
 task_app = typer.Typer(help="Create and watch tasks on a running server.", no_args_is_help=True)
 app.add_typer(task_app, name="task")
 
-_ADMIN = Annotated[str, typer.Option("--admin", help="host:port of the server's admin listener")]
+_ADMIN = Annotated[
+    str,
+    typer.Option(
+        "--admin",
+        envvar="SECAGG_SERVER_ADMIN_LISTEN",
+        help="host:port of the server's admin listener",
+    ),
+]
 _FORMAT = Annotated[OutputFormat, typer.Option("--format", help="table or json")]
 _DEFAULT_ADMIN = "127.0.0.1:7401"
 
