@@ -8,14 +8,31 @@
     ├── InputError                the caller's own data cannot be used      INVALID_INPUT
     │   ├── NonFiniteError        NaN or infinity in an update              NON_FINITE
     │   └── SchemaError           tensor names or shapes differ             SCHEMA_MISMATCH
+    ├── IdentityError             who somebody is cannot be shown           UNAUTHENTICATED
+    │   ├── CertificateError      a certificate, or a kit, that is not one  INVALID_CERTIFICATE
+    │   ├── NoCertificateError    no certificate where one is required      NO_CERTIFICATE
+    │   ├── UntrustedCertificateError   issued by another authority         UNTRUSTED_CERTIFICATE
+    │   ├── ExpiredCertificateError     its time is over                    CERTIFICATE_EXPIRED
+    │   ├── EarlyCertificateError       its time has not come           CERTIFICATE_NOT_YET_VALID
+    │   ├── WrongNameError        a certificate for another host            WRONG_NAME
+    │   ├── WrongRoleError        a certificate for another role            WRONG_ROLE
+    │   ├── PlaintextError        one side speaks TLS, the other does not   PLAINTEXT
+    │   ├── NotEnrolledError      nobody of that name or key is enrolled    NOT_ENROLLED
+    │   ├── RevokedError          was enrolled, and has been revoked        REVOKED
+    │   ├── MismatchError         certificate and message name different clients  IDENTITY_MISMATCH
+    │   └── UntrustedKeyError     not signed by the key that is pinned      UNTRUSTED_KEY
+    ├── VersionError              the two sides speak different versions    WIRE_VERSION
+    ├── AuditError                an audit log that was changed             AUDIT_BROKEN
     ├── UploadError (soft: one upload is refused, the round goes on)
     │   ├── MalformedError        bytes of the wrong size or range          MALFORMED
     │   ├── ContextError          made for another task, round, plan, model CONTEXT_MISMATCH
     │   ├── ReceiptError          the signature does not cover the upload   INVALID_RECEIPT
     │   ├── SealError             the sealed seed cannot be opened          INVALID_SEAL
-    │   └── DuplicateError        a second, different upload of one client  DUPLICATE_UPLOAD
+    │   ├── DuplicateError        a second, different upload of one client  DUPLICATE_UPLOAD
+    │   └── OffGridError          the noise audit named it                  OFF_GRID
     └── RoundError (hard: this round ends without a result)
         ├── NotReadyError         not yet: ask again later                  NOT_READY
+        ├── OverloadedError       too much at once: ask again later         OVERLOADED
         ├── ClosedError           never again: the round has moved on       ROUND_CLOSED
         ├── QuorumError           fewer clients than the plan's minimum     QUORUM_NOT_REACHED
         ├── ReleaseError          the sum does not open under the manifest  RELEASE_REFUSED
@@ -30,24 +47,41 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AuditError",
+    "CertificateError",
     "ClosedError",
     "ConfigurationError",
     "ContextError",
     "DuplicateError",
+    "EarlyCertificateError",
+    "ExpiredCertificateError",
+    "IdentityError",
     "InputError",
     "MalformedError",
+    "MismatchError",
+    "NoCertificateError",
     "NonFiniteError",
+    "NotEnrolledError",
     "NotReadyError",
+    "OffGridError",
+    "OverloadedError",
+    "PlaintextError",
     "PlanError",
     "QuorumError",
     "ReceiptError",
     "ReleaseError",
+    "RevokedError",
     "RoundError",
     "SchemaError",
     "SealError",
     "SecaggError",
     "UnavailableError",
+    "UntrustedCertificateError",
+    "UntrustedKeyError",
     "UploadError",
+    "VersionError",
+    "WrongNameError",
+    "WrongRoleError",
     "by_reason",
 ]
 
@@ -100,6 +134,106 @@ class SchemaError(InputError):
     reason = "SCHEMA_MISMATCH"
 
 
+class IdentityError(SecaggError):
+    """Who somebody is could not be shown; trying again changes nothing."""
+
+    reason = "UNAUTHENTICATED"
+    status = "UNAUTHENTICATED"
+    exit_code = 77
+
+
+class CertificateError(IdentityError):
+    """A certificate or start kit that cannot be read, or whose parts do not belong together."""
+
+    reason = "INVALID_CERTIFICATE"
+
+
+class NoCertificateError(IdentityError):
+    """No certificate where one is required."""
+
+    reason = "NO_CERTIFICATE"
+
+
+class UntrustedCertificateError(IdentityError):
+    """A certificate that another authority has issued."""
+
+    reason = "UNTRUSTED_CERTIFICATE"
+
+
+class ExpiredCertificateError(IdentityError):
+    """A certificate whose time is over."""
+
+    reason = "CERTIFICATE_EXPIRED"
+
+
+class EarlyCertificateError(IdentityError):
+    """A certificate whose time has not come; often a wrong clock."""
+
+    reason = "CERTIFICATE_NOT_YET_VALID"
+
+
+class WrongNameError(IdentityError):
+    """A server whose certificate is for another host."""
+
+    reason = "WRONG_NAME"
+
+
+class WrongRoleError(IdentityError):
+    """A certificate for another role, such as a client's in a server's place."""
+
+    reason = "WRONG_ROLE"
+    status = "PERMISSION_DENIED"
+
+
+class PlaintextError(IdentityError):
+    """One side speaks TLS and the other does not."""
+
+    reason = "PLAINTEXT"
+
+
+class NotEnrolledError(IdentityError):
+    """Nobody of that name, or with that key, is enrolled."""
+
+    reason = "NOT_ENROLLED"
+    status = "PERMISSION_DENIED"
+
+
+class RevokedError(IdentityError):
+    """Was enrolled, and has been revoked."""
+
+    reason = "REVOKED"
+    status = "PERMISSION_DENIED"
+
+
+class MismatchError(IdentityError):
+    """The certificate names one client, the message another."""
+
+    reason = "IDENTITY_MISMATCH"
+    status = "PERMISSION_DENIED"
+
+
+class UntrustedKeyError(IdentityError):
+    """A key, or a list of keys, without the signature of whoever is pinned for it."""
+
+    reason = "UNTRUSTED_KEY"
+
+
+class VersionError(SecaggError):
+    """The two sides speak different versions of the wire contract."""
+
+    reason = "WIRE_VERSION"
+    status = "FAILED_PRECONDITION"
+    exit_code = 76
+
+
+class AuditError(SecaggError):
+    """An audit log that was changed, cut or reordered after it was written."""
+
+    reason = "AUDIT_BROKEN"
+    status = "DATA_LOSS"
+    exit_code = 65
+
+
 class UploadError(SecaggError):
     """One upload is refused; the round goes on without it."""
 
@@ -142,6 +276,12 @@ class DuplicateError(UploadError):
     status = "ALREADY_EXISTS"
 
 
+class OffGridError(UploadError):
+    """The noise audit found this upload off the grid."""
+
+    reason = "OFF_GRID"
+
+
 class RoundError(SecaggError):
     """The round, or the request within it, ends without a result."""
 
@@ -155,6 +295,14 @@ class NotReadyError(RoundError):
 
     reason = "NOT_READY"
     status = "UNAVAILABLE"
+    exit_code = 75
+
+
+class OverloadedError(RoundError):
+    """More at once than this service takes on; the same call may succeed later."""
+
+    reason = "OVERLOADED"
+    status = "RESOURCE_EXHAUSTED"
     exit_code = 75
 
 
