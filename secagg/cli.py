@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from secagg import audit_commands, provisioning_commands
 from secagg.commands import OutputFormat, exits_cleanly, print_json, print_table, version
 from secagg.errors import SecaggError
 from secagg.parameters import MIN_COHORT, MODULUS, RING_DEGREE, SECURITY_BITS, Plan
@@ -20,6 +21,8 @@ from secagg.planner import FAILURE_BITS, explain, plan_tensors
 __all__ = ["app"]
 
 app = typer.Typer(help="Secure aggregation for federated recommenders.", no_args_is_help=True)
+app.add_typer(audit_commands.app, name="audit")
+app.add_typer(provisioning_commands.app, name="provision")
 
 
 @app.callback()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from secagg import ckks
+from secagg import ckks, ring
 from secagg.context import RoundContext
 from secagg.errors import InputError, SchemaError
 from secagg.onetime import errors, fresh_seed, secret
@@ -98,11 +98,14 @@ def encrypt_quantized(
                 f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
                 "with the round's plan"
             )
-    seed = fresh_seed(context.id.digest, (part.values for part in quantized))
-    coefficients = errors(seed, context.plan.blocks)
+    values = [part.values for part in quantized]
+    seed = fresh_seed(context.id.digest, values)
+    # The errors have a seed of their own, which nobody gets: the key holder sees the noise of an
+    # audited upload, and could tell from the very errors where a masked value wrapped.
+    coefficients = errors(fresh_seed(context.id.digest, values), context.plan.blocks)
     for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):
         coefficients[blocks] += pack(layout, part.values)
-    key = ckks.to_ntt(secret(seed)[None])[0]
+    key = ring.to_ntt(secret(seed)[None])[0]
     payload = narrow(ckks.encrypt(coefficients, context.public_polynomials(), key))
     return _signed(context, payload, seed, identity)
 

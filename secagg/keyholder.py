@@ -3,19 +3,32 @@
 Neither the key of a sum nor its noise ever leaves this module: a release is exact integers
 (publishing a CKKS decryption as floats hands out the key: Li and Micciancio, eprint 2020/1533).
 The secrets are erased as soon as the round is released or abandoned.
+
+When a sum does not open, somebody was off the grid. The noise audit (`noise_audit`) names them,
+once a round, and the sum over the others is opened; a second refusal closes the round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg import ckks
+from secagg import ckks, ring
 from secagg.aggregator import Aggregate
 from secagg.context import NO_MODEL, RoundContext
-from secagg.errors import ClosedError, DuplicateError, QuorumError, ReleaseError, SealError
+from secagg.enrolment import OpenEnrolment, Roster
+from secagg.errors import (
+    ClosedError,
+    DuplicateError,
+    MalformedError,
+    QuorumError,
+    ReleaseError,
+    SealError,
+)
+from secagg.noise_audit import off_grid
 from secagg.onetime import secret
 from secagg.packing import unpack
 from secagg.parameters import MODULUS, RING_DEGREE, Plan
@@ -29,6 +42,12 @@ __all__ = ["MAX_REFUSALS", "KeyHolder"]
 MAX_REFUSALS = 2
 """Sums that may fail to open before a round is closed for good."""
 
+_T = TypeVar("_T")
+
+
+def _here(work: Callable[..., _T], *arguments: object) -> _T:
+    return work(*arguments)
+
 
 class KeyHolder:
     """Holds the secrets of one attempt at one round.
@@ -36,6 +55,9 @@ class KeyHolder:
     Args:
         plan: what is summed.
         task_id, round_number, attempt, model_digest: see `ContextId`.
+        pair: the round key; a new one when omitted.
+        roster: who may take part; anybody with a key when omitted.
+        compute: runs the heavy calculations, such as in another process; here when omitted.
     """
 
     def __init__(
@@ -46,11 +68,17 @@ class KeyHolder:
         round_number: int = 1,
         attempt: int = 1,
         model_digest: bytes = NO_MODEL,
+        pair: RoundKeyPair | None = None,
+        roster: Roster | None = None,
+        compute: Callable[..., _T] = _here,
     ) -> None:
-        self._pair: RoundKeyPair | None = RoundKeyPair()
+        self._pair: RoundKeyPair | None = pair or RoundKeyPair()
+        self._roster = roster or OpenEnrolment()
+        self._compute: Callable[..., object] = compute
         self._seeds: dict[bytes, bytes] = {}  # by upload digest
         self._taken: set[bytes] = set()  # the same seeds
-        self._uploads: dict[bytes, bytes] = {}  # upload digest by client key
+        self._uploads: dict[str, bytes] = {}  # upload digest by client
+        self._audited: dict[bytes, bool] = {}  # off the grid or not, by upload digest
         self._released: tuple[bytes, Release] | None = None
         self._refusals = 0
         self.context = RoundContext.create(
@@ -62,11 +90,19 @@ class KeyHolder:
             model_digest=model_digest,
         )
 
-    def admit(self, admission: Admission) -> None:
+    def resume(self, refusals: int, audited: dict[bytes, bool]) -> None:
+        """Continue where another process ended: what it refused, and what its audit found."""
+        self._refusals, self._audited = refusals, dict(audited)
+
+    def admit(self, admission: Admission) -> str:
         """Check a receipt and open its seed; admitting the same upload again changes nothing.
+
+        Returns:
+            The client's name: one client may have several keys, and still counts once.
 
         Raises:
             ContextError, ReceiptError: see `Receipt.verify`.
+            NotEnrolledError, RevokedError: signed by nobody who may take part.
             SealError: the seed does not open, or is somebody else's.
             DuplicateError: another upload of this client, or this upload of another client, has
                 been admitted.
@@ -74,15 +110,17 @@ class KeyHolder:
         """
         admission.verify(self.context)
         receipt = admission.receipt
-        known = self._uploads.get(receipt.client_key)
+        client = self._roster.client_of(receipt.client_key)
+        known = self._uploads.get(client)
         if known == receipt.upload_digest:
-            return
+            return client
         if known is not None or receipt.upload_digest in self._seeds:
             raise DuplicateError(
                 "expected one upload a client and round, and each upload once; the first one stands"
             )
         self._seeds[receipt.upload_digest] = self._open(admission)
-        self._uploads[receipt.client_key] = receipt.upload_digest
+        self._uploads[client] = receipt.upload_digest
+        return client
 
     def _open(self, admission: Admission) -> bytes:
         if self._pair is None:
@@ -147,6 +185,8 @@ class KeyHolder:
             raise DuplicateError("expected each upload once in a manifest; one is repeated")
         if not self._seeds.keys() >= set(upload_digests):
             raise SealError("expected a manifest of admitted uploads; one of them was not")
+        if self._audited and any(self._audited.get(upload, True) for upload in upload_digests):
+            raise SealError("expected a manifest of uploads that passed the audit; one did not")
         if count < plan.min_clients:
             raise QuorumError(
                 f"expected at least min_clients={plan.min_clients} distinct clients; got {count}; "
@@ -159,31 +199,44 @@ class KeyHolder:
         self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int64], ...]:
         """Open a sum; too many refusals end the round, so that they never become an oracle."""
+        if not _is_sum(self.context.plan, residues):
+            raise ReleaseError(
+                f"expected {self.context.plan.blocks} summed polynomials of residues below q; got "
+                f"shape={residues.shape}, dtype={residues.dtype}"
+            )
         try:
-            return self._open_sum(seeds, residues)
+            return self._compute(_open_sum, self.context, list(seeds), residues)  # type: ignore[return-value]
         except ReleaseError:
             self._refusals += 1
             if self._refusals >= MAX_REFUSALS:
                 self.close()
             raise
 
-    def _open_sum(
-        self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.int64], ...]:
-        plan = self.context.plan
-        expected = (plan.blocks, RING_DEGREE)
-        if residues.shape != expected or residues.dtype != np.uint64 or residues.max() >= MODULUS:
-            raise ReleaseError(
-                f"expected {plan.blocks} summed polynomials of residues below q; got "
-                f"shape={residues.shape}, dtype={residues.dtype}"
-            )
-        key = np.zeros((1, RING_DEGREE), dtype=np.int64)
-        for seed in seeds:
-            key += secret(seed)
-        noisy = ckks.decrypt(residues, self.context.public_polynomials(), ckks.to_ntt(key)[0])
-        return tuple(
-            unpack(layout, noisy[blocks], len(seeds)) for _, layout, blocks in plan.block_ranges()
-        )
+    def audit(self, upload_digest: bytes, masked: NDArray[np.uint64]) -> bool:
+        """Whether an admitted upload is off the grid, once a sum has been refused.
+
+        From the first audited upload on, only manifests of uploads that passed are opened. The same
+        upload gets the same answer again, whatever is sent with it.
+
+        Args:
+            masked: uint64 (plan.blocks, 4096), see `noise_audit.masked`.
+
+        Raises:
+            ClosedError: no sum was refused, or the round is over.
+            SealError: the upload was not admitted.
+            MalformedError: another shape, or a residue of q or more.
+        """
+        if self._pair is None or not self._refusals:
+            raise ClosedError("expected an open round whose sum was refused; this one was not")
+        if upload_digest not in self._seeds:
+            raise SealError("expected an admitted upload; this one was not")
+        if upload_digest not in self._audited:
+            if not _is_sum(self.context.plan, masked):
+                raise MalformedError("expected masked polynomials of residues below q; got others")
+            seed = self._seeds[upload_digest]
+            found = self._compute(_off_grid, self.context, seed, masked)
+            self._audited[upload_digest] = bool(found)
+        return self._audited[upload_digest]
 
     def close(self) -> None:
         """Forget the round key and every seed; what was released can still be read again."""
@@ -191,6 +244,40 @@ class KeyHolder:
         self._seeds.clear()
         self._taken.clear()
         self._uploads.clear()
+        self._audited.clear()
 
     def __repr__(self) -> str:
         return f"KeyHolder({self.context.id.task_id!r}, round {self.context.id.round_number})"
+
+
+# Module level, and free of the round key: they may run in another process.
+
+
+def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:
+    expected = (plan.blocks, RING_DEGREE)
+    return bool(
+        residues.shape == expected and residues.dtype == np.uint64 and residues.max() < MODULUS
+    )
+
+
+def _open_sum(
+    context: RoundContext, seeds: Sequence[bytes], residues: NDArray[np.uint64]
+) -> tuple[NDArray[np.int64], ...]:
+    noisy = _decrypt(context, seeds, residues)
+    return tuple(
+        unpack(layout, noisy[blocks], len(seeds))
+        for _, layout, blocks in context.plan.block_ranges()
+    )
+
+
+def _off_grid(context: RoundContext, seed: bytes, masked: NDArray[np.uint64]) -> bool:
+    return off_grid(context.plan, _decrypt(context, [seed], masked))
+
+
+def _decrypt(
+    context: RoundContext, seeds: Sequence[bytes], residues: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    key = np.zeros((1, RING_DEGREE), dtype=np.int64)
+    for seed in seeds:
+        key += secret(seed)
+    return ckks.decrypt(residues, context.public_polynomials(), ring.to_ntt(key)[0])

@@ -1,7 +1,7 @@
-"""The one-time key: a 32-byte seed and everything a client or the key holder expands from it.
+"""One-time seeds of 32 bytes, and what is expanded from them: the secret key, and the errors.
 
-Separate labels give the secret polynomial and the errors streams of their own; the key holder
-expands the first and never needs the second.
+The seed of the key travels sealed to the key holder; the errors have a seed of their own that never
+leaves the client.
 """
 
 from __future__ import annotations

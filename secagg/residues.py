@@ -2,7 +2,7 @@
 
 Everything the *server* does to ciphertexts is here, and it is only this: check that each residue
 is below q, and add. Untrusted bytes are measured before they are looked at. Read `packing` next
-for what the residues mean, `ckks` for the ring they live in.
+for what the residues mean, `ring` for where they live.
 """
 
 from __future__ import annotations

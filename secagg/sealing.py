@@ -2,8 +2,7 @@
 
 The key encapsulation is the hybrid ML-KEM-768 + X25519 ("X-Wing"): whoever records traffic today
 must break both to open a seed, so that the seal is not weaker than the lattice cipher it carries
-the keys of. Sealing authenticates nobody; `receipts` does. Private keys live in memory only, and
-their repr never shows them.
+the keys of. Sealing authenticates nobody; `receipts` does. The repr of a private key never shows it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from secagg.transcript import encode
 
 __all__ = [
     "ROUND_KEY_BYTES",
+    "ROUND_PRIVATE_BYTES",
     "SEALED_SEED_BYTES",
     "SEED_BYTES",
     "RoundKeyPair",
@@ -38,6 +38,10 @@ _MLKEM_BYTES = 1184
 ROUND_KEY_BYTES = _MLKEM_BYTES + 32
 """Public round key on the wire: ML-KEM-768 encapsulation key, then X25519 public key."""
 
+_MLKEM_SEED_BYTES = 64
+ROUND_PRIVATE_BYTES = _MLKEM_SEED_BYTES + 32
+"""Private round key: the seed of the ML-KEM-768 key, then the X25519 private key."""
+
 SEALED_SEED_BYTES = 1120 + SEED_BYTES + 16
 """Encapsulation (1088 + 32), encrypted seed, authentication tag."""
 
@@ -48,9 +52,36 @@ class RoundKeyPair:
     """The key holder's key for one round and attempt."""
 
     def __init__(self) -> None:
-        mlkem, x25519 = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+        self._take(MLKEM768PrivateKey.generate(), X25519PrivateKey.generate())
+
+    def _take(self, mlkem: MLKEM768PrivateKey, x25519: X25519PrivateKey) -> None:
+        self._halves = mlkem, x25519
         self._private = MLKEM768X25519PrivateKey(mlkem, x25519)
         self.public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RoundKeyPair:
+        """The key that :meth:`to_bytes` wrote.
+
+        Raises:
+            MalformedError: not `ROUND_PRIVATE_BYTES` bytes.
+        """
+        if len(data) != ROUND_PRIVATE_BYTES:
+            raise MalformedError(
+                f"expected a private round key of {ROUND_PRIVATE_BYTES} bytes; got "
+                f"bytes={len(data)}; it was cut or is not one"
+            )
+        pair = cls.__new__(cls)
+        pair._take(
+            MLKEM768PrivateKey.from_seed_bytes(data[:_MLKEM_SEED_BYTES]),
+            X25519PrivateKey.from_private_bytes(data[_MLKEM_SEED_BYTES:]),
+        )
+        return pair
+
+    def to_bytes(self) -> bytes:
+        """The private half, `ROUND_PRIVATE_BYTES` bytes; it opens every seed of the round."""
+        mlkem, x25519 = self._halves
+        return mlkem.private_bytes_raw() + x25519.private_bytes_raw()
 
     def open(self, sealed: bytes, info: bytes) -> bytes:
         """The seed inside a sealed message.

@@ -5,10 +5,12 @@ Unknown keys are refused with a suggestion. A leaf that needs the extra ``servic
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +18,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secagg.errors import ConfigurationError
 
-__all__ = ["Settings", "load", "read_toml", "validated"]
+__all__ = [
+    "Settings",
+    "check_writable",
+    "dialled",
+    "load",
+    "one_transport",
+    "only_process",
+    "read_toml",
+    "validated",
+    "write_private",
+]
 
 _M = TypeVar("_M", bound=BaseModel)
 _S = TypeVar("_S", bound="Settings")
@@ -86,3 +98,82 @@ def _problem(kind: type[BaseModel], loc: tuple[int | str, ...], what: str, text:
     close = difflib.get_close_matches(str(loc[-1]), kind.model_fields, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known: {sorted(kind.model_fields)}"
     return f"unknown key {key!r}{hint}"
+
+
+def one_transport(kit: Path | None, insecure: bool) -> None:
+    """Refuse to guess between TLS and plaintext.
+
+    Raises:
+        ConfigurationError: neither a kit nor the explicit wish for plaintext, or both.
+    """
+    if kit is None and not insecure:
+        raise ConfigurationError(
+            "expected a kit for TLS; got none; make one with `secagg provision init` and pass "
+            "--kit, or ask for plaintext on this machine alone with --insecure"
+        )
+    if kit is not None and insecure:
+        raise ConfigurationError("expected either a kit or --insecure; got both; drop one of them")
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder that could not be written to, without making it.
+
+    Raises:
+        ConfigurationError: it, or the nearest folder above it that exists, is not writable.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing.parent != existing:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"expected a writable {name}; {str(folder)!r} is not; choose another or change its "
+            "owner"
+        )
+
+
+def write_private(file: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, whole or not at all, and make it last."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = file.with_name(f".{file.name}.draft")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    draft.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; two services on one state would contradict each other.
+
+    Raises:
+        ConfigurationError: the folder cannot be made, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigurationError(
+            f"expected a writable folder; {str(folder)!r}: {error.strerror}"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(
+                f"expected {str(folder)!r} for this process alone; another one is using it; stop "
+                "that one, or choose another folder"
+            ) from None
+        yield
+
+
+def dialled(listen: str) -> str:
+    """Where a service that listens here can be reached from the same machine."""
+    host, _, port = listen.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "") else listen  # noqa: S104

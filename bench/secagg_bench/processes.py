@@ -1,4 +1,4 @@
-"""Starts the real programs as processes, and always stops them again."""
+"""Provisions a federation, starts the real programs as processes, and always stops them again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from secagg.certificates import Kit, Role
 from secagg.errors import UnavailableError
+from secagg.provision import Federation
+from secagg_server.operator import Operator
 
-__all__ = ["Program", "Services", "running_services"]
+__all__ = ["Program", "Services", "provisioned", "running_services"]
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
@@ -28,20 +31,28 @@ class Program:
         module: what ``python -m`` runs.
         arguments: its command line.
         log: file that receives standard output and error.
+        environment: variables on top of this process's.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = log
         # One thread each: the programs share the machine's few cores, and sums of floats must not
         # depend on how many threads computed them.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        variables |= dict(environment or {})
         with log.open("ab") as output:
             self.process = subprocess.Popen(  # noqa: S603 - our own program, no shell
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=variables,
             )
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
@@ -75,17 +86,37 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """A running key holder and server.
+    """A running key holder and server of one federation.
 
     Attributes:
         server, admin, key_holder: their addresses, ``host:port``.
+        kits: the federation's folder, see `Federation`.
         programs: the processes.
     """
 
     server: str
     admin: str
     key_holder: str
+    kits: Path
     programs: tuple[Program, ...]
+
+    def client_kit(self, number: int) -> Path:
+        """The folder of client ``number``, from 0."""
+        return self.kits / "clients" / f"client-{number + 1}"
+
+    def operator(self) -> Operator:
+        """A connection as the operator."""
+        return Operator(self.admin, Kit.load(self.kits / "operators" / "admin", Role.OPERATOR))
+
+
+def provisioned(folder: Path, clients: int) -> Path:
+    """Kits for one machine, below ``folder``, made at the first call; their folder."""
+    kits = folder / "federation"
+    if not kits.exists():
+        hosts = ("localhost", "127.0.0.1")
+        names = [f"client-{number + 1}" for number in range(clients)]
+        Federation.create(kits, server_hosts=hosts, key_holder_hosts=hosts, clients=names)
+    return kits
 
 
 def _start(module: str, arguments: Sequence[str], folder: Path) -> tuple[Program, dict[str, str]]:
@@ -103,22 +134,28 @@ def _start(module: str, arguments: Sequence[str], folder: Path) -> tuple[Program
 
 
 @contextlib.contextmanager
-def running_services(folder: Path, *, key_holder_port: int = 0) -> Iterator[Services]:
-    """A key holder and a server on free loopback ports, with their data below ``folder``.
+def running_services(folder: Path, clients: int, *, key_holder_port: int = 0) -> Iterator[Services]:
+    """A key holder and a server on free loopback ports, over mutual TLS.
+
+    Args:
+        folder: for kits, data and logs.
+        clients: how many to enrol.
 
     Raises:
         UnavailableError: one of them did not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    kits = provisioned(folder, clients)
     with contextlib.ExitStack() as stack:
-        key_holder, opened = _start(
-            "secagg_keyholder.cli", ["--listen", f"127.0.0.1:{key_holder_port}"], folder
-        )
+        arguments = ["--listen", f"127.0.0.1:{key_holder_port}", "--kit", str(kits / "keyholder")]
+        arguments += ["--passphrase-file", str(kits / "custodians" / "passphrase")]
+        arguments += ["--state-dir", str(folder / "keyholder")]
+        key_holder, opened = _start("secagg_keyholder.cli", arguments, folder)
         stack.callback(key_holder.stop)
         arguments = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
-        arguments += ["--key-holder", opened["listen"], "--data-dir", str(folder / "server")]
+        arguments += ["--kit", str(kits / "server"), "--data-dir", str(folder / "server")]
+        arguments += ["--key-holder", opened["listen"]]
         server, served = _start("secagg_server.cli", arguments, folder)
         stack.callback(server.stop)
-        yield Services(
-            served["listen"], served["admin_listen"], opened["listen"], (key_holder, server)
-        )
+        programs = (key_holder, server)
+        yield Services(served["listen"], served["admin_listen"], opened["listen"], kits, programs)

@@ -20,23 +20,12 @@ from secagg.commands import (
     print_table,
     version,
 )
-from secagg.settings import load
+from secagg.options import with_settings
 from secagg_client.config import ClientSettings
 
 __all__ = ["app"]
 
 app = typer.Typer(help="A client: trains on its own data.", no_args_is_help=True)
-
-_CONFIG = Annotated[Path | None, typer.Option(help="TOML file with this client's settings")]
-_SERVER = Annotated[str | None, typer.Option(help="host:port of the server")]
-_TASK = Annotated[str | None, typer.Option(help="the task")]
-_DATASET = Annotated[str | None, typer.Option(help="ml-100k or marketplace")]
-_DATA_DIR = Annotated[Path | None, typer.Option(help="folder of the data")]
-_STATE_DIR = Annotated[Path | None, typer.Option(help="identity key and private user vectors")]
-_SILO = Annotated[int | None, typer.Option(help="which silo of users this is, from 0")]
-_SILOS = Annotated[int | None, typer.Option(help="silos in all")]
-_DIMENSIONS = Annotated[int | None, typer.Option(help="length of user and item vectors")]
-_SEED = Annotated[int | None, typer.Option(help="of partition, start and sampling")]
 
 
 @app.callback()
@@ -50,38 +39,9 @@ def _main(
 
 @app.command()
 @exits_cleanly
-def join(
-    config: _CONFIG = None,
-    server: _SERVER = None,
-    task: _TASK = None,
-    dataset: _DATASET = None,
-    data_dir: _DATA_DIR = None,
-    state_dir: _STATE_DIR = None,
-    silo: _SILO = None,
-    silos: _SILOS = None,
-    dimensions: _DIMENSIONS = None,
-    seed: _SEED = None,
-    repeatable_seed: Annotated[
-        int | None, typer.Option(help="round repeatably; for demos on one machine only")
-    ] = None,
-) -> None:
+@with_settings(ClientSettings)
+def join(settings: ClientSettings) -> None:
     """Take part in a task: train, encrypt and upload, round after round, until it ends."""
-    settings = load(
-        ClientSettings,
-        config,
-        {
-            "server": server,
-            "task": task,
-            "dataset": dataset,
-            "data_dir": data_dir,
-            "state_dir": state_dir,
-            "silo": silo,
-            "silos": silos,
-            "seed": seed,
-            "dimensions": dimensions,
-            "repeatable_seed": repeatable_seed,
-        },
-    )
     logs.configure(settings.log_level)
     # Torch loads in seconds; a wrong setting should not have to wait for it.
     from secagg_client.participate import RoundReport, participate
@@ -110,30 +70,13 @@ def join(
 
 @app.command("prepare")
 @exits_cleanly
+@with_settings(ClientSettings, ["task", "dataset", "data_dir", "silos", "dimensions", "seed"])
 def prepare_command(
+    settings: ClientSettings,
     folder: Annotated[Path, typer.Argument(help="folder for task.toml and initial.npz")],
     rounds: Annotated[int, typer.Option(help="rounds of training")] = 25,
-    config: _CONFIG = None,
-    task: _TASK = None,
-    dataset: _DATASET = None,
-    data_dir: _DATA_DIR = None,
-    silos: _SILOS = None,
-    dimensions: _DIMENSIONS = None,
-    seed: _SEED = None,
 ) -> None:
     """Write the recommender's task and initial model, for `secagg-server task create`."""
-    settings = load(
-        ClientSettings,
-        config,
-        {
-            "task": task,
-            "dataset": dataset,
-            "data_dir": data_dir,
-            "silos": silos,
-            "dimensions": dimensions,
-            "seed": seed,
-        },
-    )
     from secagg_client.prepare import prepare
 
     prepare(settings, folder, rounds=rounds)
@@ -142,7 +85,11 @@ def prepare_command(
 
 @app.command()
 @exits_cleanly
+@with_settings(
+    ClientSettings, ["server", "kit", "insecure", "task", "dataset", "data_dir", "state_dir"]
+)
 def recommend(
+    settings: ClientSettings,
     user: Annotated[str | None, typer.Option(help="a user of the data set, by its label")] = None,
     items: Annotated[
         str | None, typer.Option(help="an unseen user instead: labels of liked items, with commas")
@@ -152,12 +99,6 @@ def recommend(
         Path | None,
         typer.Option(help="model .npz, such as runs/latest/model.npz; else the server's"),
     ] = None,
-    config: _CONFIG = None,
-    server: _SERVER = None,
-    task: _TASK = None,
-    dataset: _DATASET = None,
-    data_dir: _DATA_DIR = None,
-    state_dir: _STATE_DIR = None,
     format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
 ) -> None:
     """The best items for one user, computed on this device.
@@ -165,17 +106,6 @@ def recommend(
     A user trained here has a vector in the state directory; for anybody else one is fitted from
     their own items, with the shared table frozen. Nothing is sent to the server.
     """
-    settings = load(
-        ClientSettings,
-        config,
-        {
-            "server": server,
-            "task": task,
-            "dataset": dataset,
-            "data_dir": data_dir,
-            "state_dir": state_dir,
-        },
-    )
     from secagg_client.serve import recommend_for
 
     rows = recommend_for(settings, user=user, items=items, top=top, model=model)
@@ -188,18 +118,17 @@ def recommend(
 
 @app.command("model")
 @exits_cleanly
+@with_settings(ClientSettings, ["server", "kit", "insecure", "task"])
 def download(
+    settings: ClientSettings,
     output: Annotated[Path, typer.Argument(help=".npz file to write")],
-    config: _CONFIG = None,
-    server: _SERVER = None,
-    task: _TASK = None,
 ) -> None:
     """Download the task's newest model: the shared tensors, by name."""
-    settings = load(ClientSettings, config, {"server": server, "task": task})
-    from secagg.receipts import SigningKey
     from secagg_client.session import ClientSession
 
-    with ClientSession(settings.server, settings.task, SigningKey.generate()) as session:
+    with ClientSession(
+        settings.server, settings.task, settings.credentials(), insecure=settings.insecure
+    ) as session:
         latest = session.latest_model()
     np.savez(output, **latest.tensors)  # type: ignore[arg-type]  # names come from the plan
     out.print(f"wrote version {latest.version} to {output}")

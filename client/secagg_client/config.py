@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from secagg.settings import Settings
+from secagg.receipts import SigningKey
+from secagg.settings import Settings, one_transport
+from secagg_client.session import ClientKit
 
 __all__ = ["ClientSettings"]
 
@@ -17,7 +20,9 @@ class ClientSettings(Settings):
 
     env_prefix: ClassVar[str] = "SECAGG_CLIENT_"
 
-    server: str = Field("127.0.0.1:7400", description="host:port of the server; loopback only")
+    server: str = Field("127.0.0.1:7400", description="host:port of the server")
+    kit: Path | None = Field(None, description="folder that the authority handed out; required")
+    insecure: bool = Field(False, description="plaintext instead of a kit; loopback only")
     task: str = Field("recommender", description="task to join")
     dataset: Literal["ml-100k", "marketplace"] = Field("ml-100k", description="whose interactions")
     data_dir: Path | None = Field(None, description="folder of the data; ml-100k needs it")
@@ -33,3 +38,15 @@ class ClientSettings(Settings):
         None, ge=0, description="round repeatably; for demos on one machine only"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def credentials(
+        self, identity: Callable[[], SigningKey] = SigningKey.generate
+    ) -> ClientKit | SigningKey:
+        """Who this client is to the server: its kit, or a signing key for plaintext.
+
+        Raises:
+            ConfigurationError: neither a kit nor the explicit wish for plaintext, or both.
+            IdentityError: the kit cannot be used; says which file and why.
+        """
+        one_transport(self.kit, self.insecure)
+        return ClientKit.load(self.kit) if self.kit else identity()

@@ -8,7 +8,6 @@ another attempt at a round trains from the same start and gives the same update.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from secagg.context import RoundContext
 from secagg.errors import ClosedError, DuplicateError
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
+from secagg.settings import write_private
 from secagg_client.config import ClientSettings
 from secagg_client.data import (
     DataError,
@@ -60,12 +60,12 @@ class StateDir:
         """The client's signing key, made at the first call."""
         path = self._root / "identity.key"
         if not path.exists():
-            self._write(path, SigningKey.generate().to_bytes())
+            write_private(path, SigningKey.generate().to_bytes())
         return SigningKey.from_bytes(path.read_bytes())
 
     def save_vectors(self, round_number: int, state: bytes) -> None:
         """Keep the user vectors as they are after a round, and those of the round before."""
-        self._write(self._root / f"vectors-{round_number}.npz", state)
+        write_private(self._root / f"vectors-{round_number}.npz", state)
         for old in self._rounds()[:-_KEPT_STATES]:
             (self._root / f"vectors-{old}.npz").unlink()
 
@@ -91,15 +91,6 @@ class StateDir:
     def _rounds(self) -> list[int]:
         names = (path.stem.removeprefix("vectors-") for path in self._root.glob("vectors-*.npz"))
         return sorted(int(name) for name in names)
-
-    def _write(self, path: Path, data: bytes) -> None:
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_suffix(".draft")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
 
 
 def train_config(settings: ClientSettings) -> TrainConfig:
@@ -140,7 +131,12 @@ def participate(settings: ClientSettings, on_round: Callable[[RoundReport, int],
     rounding = _rounding(settings)
     contributed = 0
     with ClientSession(
-        settings.server, settings.task, state.identity(), rounding=rounding
+        settings.server,
+        settings.task,
+        settings.credentials(state.identity),
+        insecure=settings.insecure,
+        rounding=rounding,
+        outbox=settings.state_dir,
     ) as session:
         for current in session.rounds():
             report = _take_part(current, silo, state)

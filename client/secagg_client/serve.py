@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secagg.archive import read_npz
-from secagg.receipts import SigningKey
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError, Interactions, load_dataset, split_leave_one_out
 from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
@@ -76,7 +75,9 @@ def _read_model(file: Path) -> SharedTensors:
 
 
 def _fetch_model(settings: ClientSettings) -> SharedTensors:
-    with ClientSession(settings.server, settings.task, SigningKey.generate()) as session:
+    with ClientSession(
+        settings.server, settings.task, settings.credentials(), insecure=settings.insecure
+    ) as session:
         tensors = session.latest_model().tensors
     if not {ITEM_FACTORS, ITEM_BIAS} <= tensors.keys():
         raise DataError(

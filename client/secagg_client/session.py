@@ -2,32 +2,45 @@
 
 Works with numpy alone::
 
-    with ClientSession("127.0.0.1:7400", "my-task", identity) as session:
+    with ClientSession("server.example:7400", "my-task", ClientKit.load(folder)) as session:
         for current in session.rounds():
             update = train(current.model)
             current.contribute({"update": update}, samples=100)
 
-A contribution is encrypted once; a lost answer only sends the same bytes again.
+A contribution is encrypted once; a lost answer only sends the same bytes again. A round counts only
+if the pinned key holder has endorsed it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secagg.certificates import Kit, Role
 from secagg.context import NO_MODEL, RoundContext
 from secagg.encryptor import encrypt_quantized
-from secagg.errors import ClosedError, ConfigurationError, ContextError, MalformedError
+from secagg.endorsement import Endorsement, read_pins
+from secagg.errors import (
+    CertificateError,
+    ClosedError,
+    ConfigurationError,
+    ContextError,
+    MalformedError,
+)
 from secagg.parameters import CHUNK_BYTES, MAX_VALUES, FloatSegment, TensorSpec
 from secagg.quantize import Contribution, quantize
 from secagg.receipts import SigningKey
 from secagg.rpc.channels import channel, is_loopback
+from secagg.rpc.deadlines import deadline_s
+from secagg.rpc.diagnosis import why_unreachable
+from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.retry import RetryPolicy
 from secagg.sampling import Stream
 from secagg.upload import Upload
@@ -44,13 +57,61 @@ from secagg.wire.codec import (
 )
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc, round_pb2
+from secagg_client.outbox import Outbox
 
-__all__ = ["ClientSession", "Cost", "CurrentRound", "Model"]
+__all__ = ["ClientKit", "ClientSession", "Cost", "CurrentRound", "Model"]
 
 _T = TypeVar("_T")
-_CALL_TIMEOUT_S = 30.0
 
 RoundingSource = Callable[[RoundContext], Stream]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientKit:
+    """What the authority gave a client: its certificate, its signing key, and whom it trusts.
+
+    Attributes:
+        tls: certificate and key for the connection.
+        identity: signs receipts.
+    """
+
+    tls: Kit
+    identity: SigningKey
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ClientKit:
+        """Read a client's kit.
+
+        Raises:
+            IdentityError: see `Kit.load`; or the signing key or the pins cannot be read.
+        """
+        kit = cls(tls := Kit.load(Path(folder), Role.CLIENT), _signing_key(tls))
+        kit.pins()
+        return kit
+
+    def pins(self) -> frozenset[bytes]:
+        """Key holders that are trusted now; read each time, so that they can be rotated.
+
+        Raises:
+            CertificateError: the file is missing or damaged.
+        """
+        try:
+            return read_pins(self.tls.file("key_holder.pub").read_text(encoding="utf-8"))
+        except (OSError, MalformedError, UnicodeDecodeError):
+            raise CertificateError(
+                "expected key_holder.pub in the kit, one public key a line; it is missing or "
+                "damaged; take it from the authority again"
+            ) from None
+
+
+def _signing_key(kit: Kit) -> SigningKey:
+    try:
+        return SigningKey.from_bytes(kit.file("signing.key").read_bytes())
+    except (OSError, MalformedError):
+        raise CertificateError(
+            "expected signing.key in the kit, 32 bytes; it is missing or damaged; take the kit "
+            "from the authority again"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +175,52 @@ class ClientSession:
     Args:
         address: ``host:port`` of the server.
         task_id: the task to join.
-        identity: the client's signing key; the same one in every round.
+        credentials: the client's kit; or, for plaintext on loopback, its signing key alone, the
+            same one in every round.
+        insecure: must be true for plaintext.
+        outbox: folder in which uploads are kept until the next round, so that a crash never makes
+            this client encrypt twice for one round; None keeps nothing.
         rounding: makes the stream of the stochastic rounding for a round; the operating system when
             omitted. Anything else is repeatable, and refused off loopback.
         retry: when to try again.
 
     Raises:
-        ConfigurationError: an address that cannot be used, or repeatable rounding off loopback.
+        ConfigurationError: an address that cannot be used, repeatable rounding off loopback, or
+            plaintext without the explicit wish for it.
     """
 
     def __init__(
         self,
         address: str,
         task_id: str,
-        identity: SigningKey,
+        credentials: ClientKit | SigningKey,
         *,
+        insecure: bool = False,
         rounding: RoundingSource | None = None,
         retry: RetryPolicy | None = None,
+        outbox: Path | None = None,
     ) -> None:
+        self._kit = credentials if isinstance(credentials, ClientKit) else None
+        if (self._kit is None) != insecure:
+            raise ConfigurationError(
+                "expected a ClientKit for TLS, or a signing key together with insecure=True for "
+                "plaintext on loopback; got another combination"
+            )
         if rounding is not None and not is_loopback(address):
             raise ConfigurationError(
                 "expected rounding by the operating system's randomness off loopback; a repeatable "
                 "stream is for demos and tests on one machine"
             )
         self._task_id = task_id
-        self._identity = identity
+        self._identity = credentials.identity if isinstance(credentials, ClientKit) else credentials
         self._rounding = rounding or (lambda _context: Stream.from_os())
-        self._retry = retry or RetryPolicy()
-        self._channel = channel(address)
+        tls = self._kit.tls if self._kit else None
+        self._retry = replace(
+            retry or RetryPolicy(),
+            diagnose=lambda: why_unreachable(address, tls, (Role.SERVER,)),
+        )
+        self._outbox = Outbox(outbox, task_id) if outbox else None
+        self._channel = channel(address, tls)
         self._stub = aggregation_service_pb2_grpc.AggregationServiceStub(self._channel)
 
     def __enter__(self) -> ClientSession:
@@ -165,6 +244,8 @@ class ClientSession:
         Another attempt at an aborted round comes as a round of its own.
 
         Raises:
+            UntrustedKeyError: a round that the pinned key holder has not endorsed.
+            IdentityError: TLS, or the server, refuses this client; says why.
             RoundError: the task has failed; the message says why.
             UnavailableError: the server could not be reached in time.
             SecaggError: what else the server answered.
@@ -177,11 +258,15 @@ class ClientSession:
                 return
             context = round_context_from_wire(answer.context, answer.plan, answer.round_key)
             offered = (context.id.round_number, context.id.attempt)
-            if context.id.task_id != self._task_id or offered <= done:
+            earlier = self._outbox.newest() if self._outbox else (0, 0)
+            if context.id.task_id != self._task_id or offered <= done or offered < earlier:
                 raise ContextError(
                     "expected a later round of the task joined; got another one: this server "
-                    "repeats itself or mixes tasks up"
+                    "repeats itself, goes back, or mixes tasks up"
                 )
+            if self._kit is not None:
+                signed = Endorsement(answer.key_holder_identity, answer.round_key_signature)
+                signed.verify(context.id, self._kit.pins())
             yield CurrentRound(
                 context, self._starting_model(context, answer), answer.rounds_total, self
             )
@@ -251,6 +336,9 @@ class ClientSession:
     ) -> Cost:
         """See `CurrentRound.contribute`."""
         started = time.perf_counter()
+        if self._outbox and (kept := self._outbox.load(context.id)):
+            self.send(context, kept)
+            return Cost(0.0, 0.0, time.perf_counter() - started, len(kept.payload))
         quantized = quantize(
             context.plan,
             contributions,
@@ -260,6 +348,8 @@ class ClientSession:
         )
         quantized_at = time.perf_counter()
         upload = encrypt_quantized(context, quantized, self._identity)
+        if self._outbox:
+            self._outbox.save(upload)
         encrypted_at = time.perf_counter()
         self.send(context, upload)
         uploaded_at = time.perf_counter()
@@ -296,7 +386,10 @@ class ClientSession:
         self._call(self._stub.CommitUpload, pb.CommitUploadRequest(**name))
 
     def _call(self, method: Callable[..., _T], request: object) -> Any:  # noqa: ANN401 - any response
-        return self._retry.call(lambda: method(request, timeout=_CALL_TIMEOUT_S))
+        name = type(request).__name__.removesuffix("Request")
+        return self._retry.call(
+            lambda: method(request, timeout=deadline_s(name), metadata=metadata())
+        )
 
 
 def _unflatten(data: bytes, tensors: tuple[TensorSpec, ...]) -> dict[str, NDArray[np.float32]]:

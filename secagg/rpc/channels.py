@@ -1,39 +1,57 @@
 """The one place where connections and listeners are built, with their limits.
 
-Plaintext is for loopback alone: anything else is refused before a socket is opened.
+Mutual TLS wherever a kit is given: both sides show a certificate of one authority. Plaintext is for
+loopback alone: anything else is refused before a socket is opened. Listeners notice a kit whose
+files were replaced and use it for the next connection, so that certificates rotate without a
+restart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
 
-from secagg.errors import ConfigurationError
+from secagg.certificates import Kit
+from secagg.errors import ConfigurationError, IdentityError
 from secagg.wire.codec import MAX_MESSAGE_BYTES
 
 __all__ = [
     "add_listener",
     "aio_channel",
     "channel",
+    "check_address",
     "check_listenable",
-    "check_loopback",
     "is_loopback",
     "server",
 ]
 
-# Ciphertexts are incompressible, and the same limit holds on both sides. The keepalive stays below
+# Ciphertexts are incompressible, and the same limits hold on both sides. The keepalive stays below
 # the four idle minutes after which common load balancers cut a connection.
+_KEEPALIVE_MS = 210_000
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.keepalive_time_ms", 210_000),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.enable_retries", 0),
 )
-_SERVER_OPTIONS = (*_OPTIONS, ("grpc.so_reuseport", 0))
+# A connection that never finishes its handshake, pings without need or opens streams without end
+# is cut: each of them costs the server something.
+_SERVER_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_connection_idle_ms", 15 * 60_000),
+)
 
 
 def is_loopback(address: str) -> bool:
@@ -47,30 +65,30 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def check_loopback(address: str) -> str:
-    """The address itself, if plaintext is safe there.
+def check_address(address: str, *, encrypted: bool) -> str:
+    """The address itself, if it may be used.
 
     Raises:
-        ConfigurationError: not ``host:port``, or not a loopback address.
+        ConfigurationError: not ``host:port``; or not a loopback address, without TLS.
     """
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigurationError(f"expected an address of the form host:port; got {address!r}")
-    if not is_loopback(address):
+    if not encrypted and not is_loopback(address):
         raise ConfigurationError(
-            f"expected a loopback address such as 127.0.0.1:{port}, because this version speaks "
-            f"plaintext only; got {address!r}; tunnel remote connections until TLS is configured"
+            f"expected a loopback address such as 127.0.0.1:{port}, because plaintext is for one "
+            f"machine only; got {address!r}; use a kit made by `secagg provision`"
         )
     return address
 
 
-def check_listenable(address: str) -> None:
+def check_listenable(address: str, *, encrypted: bool) -> None:
     """Refuse an address that cannot be listened on, before any server exists.
 
     Raises:
-        ConfigurationError: see :func:`check_loopback`, or the port is taken.
+        ConfigurationError: see :func:`check_address`, or the port is taken.
     """
-    host, _, port = check_loopback(address).rpartition(":")
+    host, _, port = check_address(address, encrypted=encrypted).rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,43 +101,96 @@ def check_listenable(address: str) -> None:
             ) from None
 
 
-def channel(address: str) -> grpc.Channel:
-    """A blocking connection to a loopback address.
+def channel(address: str, kit: Kit | None) -> grpc.Channel:
+    """A blocking connection; plaintext without a kit.
 
     Raises:
-        ConfigurationError: see :func:`check_loopback`.
+        ConfigurationError: see :func:`check_address`.
     """
-    return grpc.insecure_channel(check_loopback(address), options=_OPTIONS)
+    check_address(address, encrypted=kit is not None)
+    if kit is None:
+        return grpc.insecure_channel(address, options=_OPTIONS)
+    return grpc.secure_channel(address, _client_credentials(kit), options=_OPTIONS)
 
 
-def aio_channel(address: str) -> grpc.aio.Channel:
-    """An asyncio connection to a loopback address.
+def aio_channel(address: str, kit: Kit | None) -> grpc.aio.Channel:
+    """An asyncio connection; plaintext without a kit.
 
     Raises:
-        ConfigurationError: see :func:`check_loopback`.
+        ConfigurationError: see :func:`check_address`.
     """
-    return grpc.aio.insecure_channel(check_loopback(address), options=_OPTIONS)
+    check_address(address, encrypted=kit is not None)
+    if kit is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    return grpc.aio.secure_channel(address, _client_credentials(kit), options=_OPTIONS)
 
 
-def server() -> grpc.aio.Server:
+def _client_credentials(kit: Kit) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(kit.ca, kit.private_key, kit.certificate)
+
+
+def server(
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> grpc.aio.Server:
     """An asyncio server without listeners."""
-    return grpc.aio.server(options=_SERVER_OPTIONS)
+    return grpc.aio.server(interceptors=list(interceptors), options=_SERVER_OPTIONS)
 
 
-def add_listener(target: grpc.aio.Server, address: str) -> str:
-    """Listen on a loopback address.
+def add_listener(target: grpc.aio.Server, address: str, kit: Kit | None) -> str:
+    """Listen; plaintext without a kit.
 
     Returns:
         The address with the port that was really bound (port 0 asks for a free one).
 
     Raises:
-        ConfigurationError: see :func:`check_loopback`, or the port is taken.
+        ConfigurationError: see :func:`check_address`, or the port is taken.
     """
-    host = check_loopback(address).rpartition(":")[0]
+    host = check_address(address, encrypted=kit is not None).rpartition(":")[0]
     try:
-        return f"{host}:{target.add_insecure_port(address)}"
+        if kit is None:
+            return f"{host}:{target.add_insecure_port(address)}"
+        return f"{host}:{target.add_secure_port(address, _ServerKit(kit).credentials())}"
     except RuntimeError:
         raise ConfigurationError(
             f"expected a free port; {address!r} cannot be bound; stop what listens there or "
             "choose another"
         ) from None
+
+
+class _ServerKit:
+    """A listener's certificate, read again whenever its files have changed."""
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._seen = self._stamp()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(self._kit),
+            self._renewed,  # type: ignore[arg-type]  # None goes on with the one in use
+            require_client_authentication=True,
+        )
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """The new certificate if there is one; None goes on with the one in use."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return None
+        # Between the replacement of one file and the next the kit does not fit together.
+        with contextlib.suppress(IdentityError, OSError):
+            self._kit = Kit.load(self._kit.folder, self._kit.identity.role)
+            self._seen = stamp
+            return _configuration(self._kit)
+        return None
+
+    def _stamp(self) -> tuple[tuple[int, int], ...]:
+        names = ("ca.pem", "certificate.pem", "private.key")
+        with contextlib.suppress(OSError):
+            stats = [self._kit.file(name).stat() for name in names]
+            return tuple((stat.st_mtime_ns, stat.st_ino) for stat in stats)
+        return ()
+
+
+def _configuration(kit: Kit) -> grpc.ServerCertificateConfiguration:
+    pair = [(kit.private_key, kit.certificate)]
+    return grpc.ssl_server_certificate_configuration(pair, root_certificates=kit.ca)

@@ -1,7 +1,8 @@
 """One retry policy: exponential with jitter, a cap on each wait, and a cap on all of it.
 
-Every call of the contract is idempotent, so a lost answer is asked for again. Only "not yet" and
-"unreachable" are tried again; a wait that the other side asks for is honoured.
+Every call of the contract is idempotent, so a lost answer is asked for again. Only "not yet", "too
+much at once" and "unreachable" are tried again; a wait that the other side asks for is honoured. A
+connection that TLS refuses is not tried again: it would be refused for ever.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import grpc
 
-from secagg.errors import NotReadyError, UnavailableError
+from secagg.errors import NotReadyError, OverloadedError, SecaggError, UnavailableError
 from secagg.rpc.status import from_rpc_error, retry_delay_s
 
 __all__ = ["RetryPolicy"]
@@ -29,9 +30,10 @@ class RetryPolicy:
     Attributes:
         initial_s: first wait, in seconds; doubled each time.
         longest_s: longest single wait.
-        total_s: time after which an unreachable server is given up. "Not yet" is an answer, and
-            waits as long as it keeps coming.
+        total_s: time after which a server that is unreachable or overloaded is given up. "Not yet"
+            is an answer, and waits as long as it keeps coming.
         sleep, clock: replaced in tests.
+        diagnose: why a server is unreachable for good, if it is; asked once a call.
     """
 
     initial_s: float = 0.1
@@ -39,6 +41,7 @@ class RetryPolicy:
     total_s: float = 60.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
+    diagnose: Callable[[], SecaggError | None] = lambda: None
 
     def call(self, attempt: Callable[[], _T]) -> _T:
         """Run a call until it succeeds or trying again cannot help.
@@ -46,20 +49,22 @@ class RetryPolicy:
         Raises:
             SecaggError: what the other side raised, or `UnavailableError` after ``total_s``.
         """
-        wait, unreachable_since = self.initial_s, None
+        wait, failing_since = self.initial_s, None
         while True:
             try:
                 return attempt()
             except grpc.RpcError as rpc_error:
                 error, asked = from_rpc_error(rpc_error), retry_delay_s(rpc_error)
+            if not isinstance(error, NotReadyError | OverloadedError | UnavailableError):
+                raise error
             now = self.clock()
             if isinstance(error, NotReadyError):
-                wait, unreachable_since = self.initial_s, None
-            elif isinstance(error, UnavailableError):
-                unreachable_since = now if unreachable_since is None else unreachable_since
-            if not isinstance(error, NotReadyError | UnavailableError) or (
-                unreachable_since is not None and now - unreachable_since >= self.total_s
-            ):
+                wait, failing_since = self.initial_s, None
+            elif failing_since is None:
+                failing_since = now
+                if isinstance(error, UnavailableError) and (found := self.diagnose()):
+                    raise found
+            if failing_since is not None and now - failing_since >= self.total_s:
                 raise error
             # A server may ask for patience, but not for years.
             delay = min(asked if asked and asked > 0 else wait, self.longest_s)

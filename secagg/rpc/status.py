@@ -20,10 +20,16 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from secagg.errors import NotReadyError, SecaggError, UnavailableError, by_reason
+from secagg.errors import (
+    NotReadyError,
+    OverloadedError,
+    SecaggError,
+    UnavailableError,
+    by_reason,
+)
 from secagg.logs import where
 
-__all__ = ["DOMAIN", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
+__all__ = ["DOMAIN", "abort_with", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
 
 DOMAIN = "secagg"
 MAX_TEXT = 2000  # the text travels twice, in headers of at most 16 KiB
@@ -38,7 +44,7 @@ def to_status(error: SecaggError) -> status_pb2.Status:
     message = str(error)[:MAX_TEXT]
     status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
-    if isinstance(error, NotReadyError):
+    if isinstance(error, NotReadyError | OverloadedError):
         delay = Duration(nanos=_RETRY_MS * 1_000_000)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
@@ -108,14 +114,21 @@ def _wrap_stream(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., As
     return wrapped
 
 
+async def abort_with(error: SecaggError, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """End a call with the status that carries this error."""
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
 async def _abort(
     method: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any]
 ) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, TimeoutError):
+        raise error  # the gatekeeper's
     if isinstance(error, SecaggError):
-        status = rpc_status.to_status(to_status(error))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await abort_with(error, context)
     # The text of an unexpected error may hold anything, so neither the peer nor the log gets it.
     _LOG.error("unexpected_error", method=method, error=type(error).__name__, at=where(error))
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 
+from secagg.audit import client_hash, load_audit_key
+from secagg.certificates import Role
+from secagg.enrolment import EnrolmentFile
+from secagg.errors import ConfigurationError
 from secagg.rpc import channels
+from secagg.rpc.gatekeeper import Gatekeeper
 from secagg.rpc.lifecycle import (
     add_health,
     check_ready_file,
     serve_until_stopped,
     write_ready_file,
 )
-from secagg.wire.v1 import key_holder_service_pb2_grpc
-from secagg_keyholder.config import KeyHolderSettings
+from secagg.rpc.workers import Workers
+from secagg.settings import only_process, write_private
+from secagg.wire.v1 import key_holder_service_pb2, key_holder_service_pb2_grpc
+from secagg_keyholder.config import KeyHolderSettings, Opened
+from secagg_keyholder.ledger import Ledger
 from secagg_keyholder.rounds import Rounds
 from secagg_keyholder.service import KeyHolderService
+from secagg_keyholder.vault import RoundKeys
 
 __all__ = ["run"]
 
+_SERVICE = key_holder_service_pb2.DESCRIPTOR.services_by_name["KeyHolderService"].full_name
 _LOG = structlog.get_logger(__name__)
 
 
@@ -25,23 +37,55 @@ async def run(settings: KeyHolderSettings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        ConfigurationError: an address that cannot be used.
+        ConfigurationError, IdentityError: see `KeyHolderSettings.opened`, or the port is taken.
     """
     # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
     check_ready_file(settings.ready_file)
-    channels.check_listenable(settings.listen)
-    server = channels.server()
+    opened = settings.opened()
+    channels.check_listenable(settings.listen, encrypted=opened.kit is not None)
+    with only_process(settings.state_dir):
+        await _serve(settings, opened)
+
+
+async def _serve(settings: KeyHolderSettings, opened: Opened) -> None:
+    if opened.kit is None:
+        write_private(settings.state_dir / "passphrase", opened.passphrase.encode())
+        _LOG.warning("insecure", why="plaintext on loopback: anybody on this machine may call")
+    audit_key = load_audit_key(settings.state_dir / "audit.key")
+    ledger = Ledger(settings.state_dir / "ledger.sqlite3", audit_key)
+    keys = RoundKeys(settings.round_keys, opened.passphrase)
+    workers = Workers(settings.workers)
+    await asyncio.to_thread(workers.warm)
+    rounds = Rounds(ledger, keys, opened.identity, opened.roster, settings.policy, workers.run)
+    rounds.recover()
+    gatekeeper = Gatekeeper(
+        {_SERVICE: {Role.SERVER}},
+        opened.roster,
+        encrypted=opened.kit is not None,
+        in_flight=settings.max_in_flight,
+        hashed=lambda name: client_hash(audit_key, name),
+    )
+    server = channels.server([gatekeeper])
     key_holder_service_pb2_grpc.add_KeyHolderServiceServicer_to_server(
-        KeyHolderService(Rounds(settings.min_clients)), server
+        KeyHolderService(rounds), server
     )
     healths = [add_health(server)]
-    addresses = {"listen": channels.add_listener(server, settings.listen)}
+    addresses = {"listen": channels.add_listener(server, settings.listen, opened.kit)}
     await server.start()
     _LOG.info("listening", **addresses)
     if settings.ready_file:
         write_ready_file(settings.ready_file, addresses)
 
-    async def on_stop() -> None:
-        """Nothing outlives the process."""
+    async def ready() -> None:
+        await asyncio.to_thread(ledger.ping)
+        if isinstance(opened.roster, EnrolmentFile):
+            opened.roster.current()
+            if opened.roster.problem:
+                raise ConfigurationError(opened.roster.problem)
 
-    await serve_until_stopped([server], healths, on_stop)
+    async def on_stop() -> None:
+        """Calls in flight end first; see `serve_until_stopped`."""
+
+    await serve_until_stopped([server], healths, on_stop, [ready])
+    workers.close()
+    ledger.close()

@@ -9,14 +9,20 @@ from typing import Annotated
 import typer
 
 from secagg import logs
-from secagg.commands import exits_cleanly, version
-from secagg.settings import load
+from secagg.audit import load_audit_key
+from secagg.commands import exits_cleanly, out, version
+from secagg.options import with_settings
+from secagg.rpc.lifecycle import check_health
 from secagg_keyholder.app import run as run_key_holder
+from secagg_keyholder.backup import restore_ledger
 from secagg_keyholder.config import KeyHolderSettings
+from secagg_keyholder.ledger import Ledger
 
 __all__ = ["app"]
 
 app = typer.Typer(help="The key holder: opens only sums.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at the configuration without starting.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 
 
 @app.callback()
@@ -30,26 +36,57 @@ def _main(
 
 @app.command()
 @exits_cleanly
-def run(
-    config: Annotated[Path | None, typer.Option(help="TOML file")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port for the server")] = None,
-    min_clients: Annotated[int | None, typer.Option(help="smallest cohort ever opened")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error")] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="written once listening")] = None,
-) -> None:
+@with_settings(KeyHolderSettings)
+def run(settings: KeyHolderSettings) -> None:
     """Serve until stopped. Flags win over SECAGG_KEYHOLDER_* variables, which win over the file."""
-    settings = load(
-        KeyHolderSettings,
-        config,
-        {
-            "listen": listen,
-            "min_clients": min_clients,
-            "log_level": log_level,
-            "ready_file": ready_file,
-        },
-    )
     logs.configure(settings.log_level)
     asyncio.run(run_key_holder(settings))
+
+
+@config_app.command()
+@exits_cleanly
+@with_settings(KeyHolderSettings)
+def check(settings: KeyHolderSettings) -> None:
+    """Say what `run` would refuse, with the same message and exit code, without starting."""
+    settings.opened()
+    out.print("the configuration is fine")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(KeyHolderSettings, ["listen", "kit", "insecure"])
+def health(settings: KeyHolderSettings) -> None:
+    """Ask the running key holder whether it is ready; 0 if it is, 69 if not."""
+    check_health(*settings.dialled())
+    out.print("ready")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(KeyHolderSettings, ["state_dir"])
+def backup(
+    settings: KeyHolderSettings,
+    file: Annotated[Path, typer.Argument(help="file to write; must not exist")],
+) -> None:
+    """Copy what was promised into one file, while the key holder runs. No key is in it."""
+    ledger = Ledger(
+        settings.state_dir / "ledger.sqlite3", load_audit_key(settings.state_dir / "audit.key")
+    )
+    ledger.backup(file)
+    ledger.close()
+    out.print(f"wrote {file}; keep the kit and its passphrase in other places")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(KeyHolderSettings, ["state_dir"])
+def restore(
+    settings: KeyHolderSettings,
+    file: Annotated[Path, typer.Argument(help="a file that `backup` has written")],
+) -> None:
+    """Put a backup in the place of a lost state_dir. Rounds it believes open are abandoned."""
+    restore_ledger(file, settings.state_dir)
+    out.print(f"restored into {settings.state_dir}; every open round will be attempted again")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""The key holder's settings."""
+"""The key holder's settings, and what can be known to be wrong with them before anything starts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
+from secagg.certificates import Kit, Role
+from secagg.custodians import fresh_passphrase
+from secagg.enrolment import EnrolmentFile, OpenEnrolment, Roster
+from secagg.errors import ConfigurationError
 from secagg.parameters import MIN_COHORT
-from secagg.settings import Settings
+from secagg.receipts import SigningKey
+from secagg.rpc.channels import check_address
+from secagg.settings import Settings, check_writable, dialled, one_transport
+from secagg_keyholder.rounds import DEFAULT_ATTEMPTS, Policy
+from secagg_keyholder.vault import load_identity, unsealing_passphrase
 
-__all__ = ["KeyHolderSettings"]
+__all__ = ["KeyHolderSettings", "Opened"]
 
 
 class KeyHolderSettings(Settings):
@@ -18,9 +27,101 @@ class KeyHolderSettings(Settings):
 
     env_prefix: ClassVar[str] = "SECAGG_KEYHOLDER_"
 
-    listen: str = Field("127.0.0.1:7402", description="host:port for the server; loopback only")
+    listen: str = Field("127.0.0.1:7402", description="host:port for the server")
+    kit: Path | None = Field(None, description="folder made by `secagg provision`; required")
+    insecure: bool = Field(False, description="plaintext instead of a kit; loopback only")
+    passphrase: SecretStr | None = Field(None, description="opens the identity key")
+    passphrase_file: Path | None = Field(None, description="file that holds the passphrase")
+    share_files: list[Path] = Field(
+        default_factory=list, description="custodians' shares of the passphrase, one a file"
+    )
+    state_dir: Path = Field(Path("secagg-data/keyholder"), description="what was promised")
+    round_key_dir: Path | None = Field(
+        None, description="open rounds' keys; never in a backup; in state_dir when not given"
+    )
     min_clients: int = Field(
         MIN_COHORT, ge=MIN_COHORT, description="smallest cohort that is ever opened here"
     )
+    attempts_per_model: int = Field(
+        DEFAULT_ATTEMPTS, ge=1, description="attempts at rounds that start from the same model"
+    )
+    workers: int = Field(1, ge=1, le=64, description="processes that decrypt")
+    max_in_flight: int = Field(64, ge=1, description="calls that are worked on at once")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     ready_file: Path | None = Field(None, description="written once the key holder listens")
+
+    @field_validator("share_files", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """The environment has one text for all of them, with commas."""
+        return value.split(",") if isinstance(value, str) else value
+
+    @property
+    def round_keys(self) -> Path:
+        """Where the keys of open rounds lie."""
+        return self.round_key_dir or self.state_dir / "round-keys"
+
+    @property
+    def policy(self) -> Policy:
+        """What this key holder agrees to."""
+        return Policy(self.min_clients, self.attempts_per_model)
+
+    def dialled(self) -> tuple[str, Kit | None]:
+        """Address and kit with which the running key holder can be asked for its health."""
+        one_transport(self.kit, self.insecure)
+        return dialled(self.listen), Kit.load(self.kit) if self.kit else None
+
+    def opened(self) -> Opened:
+        """Read and check everything the settings name, changing nothing.
+
+        Raises:
+            ConfigurationError: an address, folder or passphrase that cannot be used.
+            IdentityError: a kit that cannot be used; says which file and why.
+        """
+        one_transport(self.kit, self.insecure)
+        check_address(self.listen, encrypted=self.kit is not None)
+        check_writable(self.state_dir, "state_dir")
+        check_writable(self.round_keys, "round_key_dir")
+        if self.kit is None:
+            passphrase = _kept_passphrase(self.state_dir)
+            return Opened(None, SigningKey.generate(), passphrase, OpenEnrolment())
+        kit = Kit.load(self.kit, Role.KEY_HOLDER)
+        passphrase = unsealing_passphrase(
+            passphrase=self.passphrase,
+            passphrase_file=self.passphrase_file,
+            share_files=self.share_files,
+        )
+        identity = load_identity(kit.file("identity.key"), passphrase)
+        roster = EnrolmentFile(kit.file("enrolment.json"), kit.ca)
+        if identity.public not in roster.current().key_holder_identities:
+            raise ConfigurationError(
+                "expected an identity.key that the enrolment names; it names others, so clients "
+                "would trust no round; use the identity.key and enrolment.json of one kit"
+            )
+        return Opened(kit, identity, passphrase, roster)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What the settings name, read and checked.
+
+    Attributes:
+        kit: for TLS; None for plaintext.
+        identity: signs round keys.
+        passphrase: seals what is at rest.
+        roster: who may take part.
+    """
+
+    kit: Kit | None
+    identity: SigningKey
+    passphrase: str
+    roster: Roster
+
+    def __repr__(self) -> str:
+        return "Opened(OMITTED)"
+
+
+def _kept_passphrase(state_dir: Path) -> str:
+    """Without a kit there is nobody to give a passphrase: one is kept beside what it seals."""
+    file = state_dir / "passphrase"
+    return file.read_text(encoding="utf-8") if file.exists() else fresh_passphrase()

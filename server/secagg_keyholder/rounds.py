@@ -1,70 +1,192 @@
 """The rounds a key holder knows: which may be opened, which are open, which were released.
 
-One round of a task is open at a time, and a released round is never opened again: the same inputs
-must not be summed twice over different cohorts.
+What it has promised outlives it: every answer is recorded in the `Ledger` before it leaves, and the
+private half of an open round's key lies in the `RoundKeys` folder, outside database and backups,
+until the round is released or abandoned. One round of a task is open at a time, and a released
+round is never opened again: the same inputs must not be summed twice over different cohorts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg.context import ContextId
-from secagg.errors import ClosedError, ConfigurationError, DuplicateError, UploadError
-from secagg.keyholder import KeyHolder
-from secagg.parameters import Plan
-from secagg.release import Release
+from secagg.context import ContextId, RoundContext
+from secagg.endorsement import Endorsement
+from secagg.enrolment import Roster
+from secagg.errors import (
+    ClosedError,
+    ConfigurationError,
+    DuplicateError,
+    IdentityError,
+    OffGridError,
+    ReleaseError,
+    UploadError,
+)
+from secagg.keyholder import MAX_REFUSALS, KeyHolder
+from secagg.parameters import MIN_COHORT, Plan
+from secagg.receipts import SigningKey
+from secagg.sealing import RoundKeyPair
+from secagg.transcript import digest
 from secagg.upload import Admission
+from secagg.wire.codec import (
+    admission_from_wire,
+    admission_to_wire,
+    parse,
+    plan_from_wire,
+    plan_to_wire,
+    sums_to_bytes,
+)
+from secagg.wire.v1 import plan_pb2, round_pb2
+from secagg_keyholder.ledger import Ledger, OpenedRound
+from secagg_keyholder.vault import RoundKeys
 
-__all__ = ["Rounds"]
+__all__ = ["Policy", "ReleasedBytes", "Rounds"]
+
+DEFAULT_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What this key holder agrees to, whatever the server asks.
+
+    Attributes:
+        min_clients: the smallest cohort that is ever opened.
+        attempts_per_model: attempts at rounds that start from the same model; a server that never
+            moves on could otherwise collect the same updates again and again.
+    """
+
+    min_clients: int = MIN_COHORT
+    attempts_per_model: int = DEFAULT_ATTEMPTS
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedBytes:
+    """A release as it was recorded: little-endian int64 in the plan's order."""
+
+    sums: bytes = field(repr=False)
+    contributors: int
 
 
 class Rounds:
-    """Rounds by task; call from one thread at a time."""
+    """Rounds by task; call from one thread at a time for each task.
 
-    def __init__(self, min_clients: int) -> None:
-        self._min_clients = min_clients
-        self._current: dict[str, KeyHolder] = {}
-        self._released: dict[str, int] = {}  # highest released round
+    Args:
+        compute: runs heavy calculations; see `KeyHolder`.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        keys: RoundKeys,
+        identity: SigningKey,
+        roster: Roster,
+        policy: Policy,
+        compute: Callable[..., Any] = lambda work, *arguments: work(*arguments),
+    ) -> None:
+        self._ledger = ledger
+        self._keys = keys
+        self._identity = identity
+        self._roster = roster
+        self._policy = policy
+        self._compute = compute
+        self._live: dict[str, KeyHolder] = {}
+
+    def recover(self) -> None:
+        """After a start: erase keys nobody needs; abandon rounds that can never be opened.
+
+        A ledger restored from a backup does not know what was released after the backup was made,
+        so every round it believes to be open is abandoned.
+        """
+        if self._ledger.restored():
+            for key_id in self._ledger.close_all_open("RESTORED"):
+                self._keys.erase(key_id)
+            self._ledger.clear_restored()
+        still_open = {row.round_key_id: row for row in self._ledger.open_rounds()}
+        for key_id, row in still_open.items():
+            if self._keys.get(key_id) is None:
+                self._ledger.close_round(row.id, "KEY_LOST")
+        for key_id in self._keys.names() - still_open.keys():
+            self._keys.erase(key_id)
 
     def open(
         self, plan: Plan, task_id: str, round_number: int, attempt: int, model_digest: bytes
-    ) -> KeyHolder:
-        """A round key for one attempt; the same request gets the same key.
+    ) -> tuple[RoundContext, Endorsement]:
+        """A round key for one attempt, endorsed; the same request gets the same key.
 
         Raises:
             ConfigurationError: the plan's cohort is below this key holder's floor.
-            ClosedError: the round, or a later attempt, has been opened or released.
+            ClosedError: the round, or a later attempt, has been opened or released; or the model
+                has had too many attempts.
             DuplicateError: this attempt was opened with another plan or model.
         """
-        if plan.min_clients < self._min_clients:
+        if plan.min_clients < self._policy.min_clients:
             raise ConfigurationError(
-                f"expected a plan of at least min_clients={self._min_clients}, this key holder's "
-                f"floor; got min_clients={plan.min_clients}"
+                f"expected a plan of at least min_clients={self._policy.min_clients}, this key "
+                f"holder's floor; got min_clients={plan.min_clients}"
             )
-        current = self._current.get(task_id)
-        wanted = (round_number, attempt)
-        known = (current.context.id.round_number, current.context.id.attempt) if current else (0, 0)
-        if wanted < known or (round_number <= self._released.get(task_id, 0) and wanted != known):
-            raise ClosedError(
-                "expected a later round or attempt; this one is over; one release a round; a task "
-                "that starts afresh needs an id that this key holder has not seen"
-            )
-        if current is not None and wanted == known:
-            return _same(current, plan, model_digest)
-        fresh = KeyHolder(
+        current = self._ledger.current(task_id)
+        if current and (current.id.round_number, current.id.attempt) == (round_number, attempt):
+            context = self._same(current, plan, model_digest)
+        else:
+            context = self._fresh(plan, task_id, round_number, attempt, model_digest)
+        return context, Endorsement.sign(self._identity, context.id)
+
+    def _same(self, row: OpenedRound, plan: Plan, model_digest: bytes) -> RoundContext:
+        if (row.id.plan_digest, row.id.model_digest) != (plan.digest, model_digest):
+            raise DuplicateError("expected the plan and model that this attempt was opened with")
+        if row.state != "OPEN":
+            raise _over()
+        return RoundContext(row.id, plan, row.public_key)
+
+    def _fresh(
+        self, plan: Plan, task_id: str, round_number: int, attempt: int, model_digest: bytes
+    ) -> RoundContext:
+        pair = RoundKeyPair()
+        context = RoundContext.create(
             plan,
+            pair.public,
             task_id=task_id,
             round_number=round_number,
             attempt=attempt,
             model_digest=model_digest,
         )
-        if current is not None:
-            current.close()
-        self._current[task_id] = fresh
-        return fresh
+        # The key first: a round that is recorded as open can always be opened.
+        key_id = context.id.round_key_id
+        self._keys.put(key_id, pair.to_bytes())
+        try:
+            superseded = self._ledger.open_round(
+                context,
+                plan_to_wire(plan).SerializeToString(),
+                attempts_limit=self._policy.attempts_per_model,
+            )
+        except Exception:
+            self._keys.erase(key_id)
+            raise
+        for old in superseded:
+            self._keys.erase(old)
+        self._ledger.drop_sums(task_id, round_number)
+        self._forget(task_id)
+        self._live[task_id] = self._holder(context, pair)
+        return context
+
+    def _holder(self, context: RoundContext, pair: RoundKeyPair) -> KeyHolder:
+        name = context.id
+        return KeyHolder(
+            context.plan,
+            task_id=name.task_id,
+            round_number=name.round_number,
+            attempt=name.attempt,
+            model_digest=name.model_digest,
+            pair=pair,
+            roster=self._roster,
+            compute=self._compute,
+        )
 
     def judge(self, context: ContextId, admissions: Sequence[Admission]) -> list[str]:
         """The reason of refusal for each upload; empty where it is accepted.
@@ -73,52 +195,123 @@ class Rounds:
             ClosedError, ContextError: not the open round.
         """
         holder = self._require(context)
-        return [_judged(holder, admission) for admission in admissions]
+        known = self._ledger.verdicts(context)
+        reasons = []
+        for admission in admissions:
+            verdict = known.get(admission.receipt.upload_digest)
+            reasons.append(self._judged(holder, admission) if verdict is None else verdict)
+        return reasons
+
+    def _judged(self, holder: KeyHolder, admission: Admission) -> str:
+        client, verdict = "", ""
+        try:
+            client = holder.admit(admission)
+        except (UploadError, IdentityError) as error:
+            verdict = error.reason
+        encoded = None if verdict else admission_to_wire(admission).SerializeToString()
+        self._ledger.record_verdict(
+            holder.context.id, encoded, admission.receipt.upload_digest, client, verdict
+        )
+        return verdict
 
     def plan(self, context: ContextId) -> Plan:
-        """What the open round computes on.
+        """What a round computes on, open or released.
 
         Raises:
-            ClosedError, ContextError: not the open round.
+            ClosedError, ContextError: not the task's newest round.
         """
-        return self._require(context).context.plan
+        return _plan(self._current(context))
 
     def release(
         self, context: ContextId, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
-    ) -> Release:
-        """Open a sum; again with the same manifest and sum: the same answer.
+    ) -> ReleasedBytes:
+        """Open a sum; again with the same manifest and sum: the same bytes, ever after.
 
         Raises:
             SecaggError: see `KeyHolder.release_admitted`.
         """
+        self._current(context)
+        name = digest("manifest", *sorted(upload_digests), residues.tobytes())
+        if recorded := self._ledger.release(context):
+            manifest, contributors, sums = recorded
+            if manifest != name or sums is None:
+                raise ClosedError("expected the manifest already released; one release a round")
+            return ReleasedBytes(sums, contributors)
         holder = self._require(context)
-        release = holder.release_admitted(upload_digests, residues)
-        self._released[context.task_id] = context.round_number
-        return release
+        try:
+            release = holder.release_admitted(upload_digests, residues)
+        except ReleaseError:
+            if self._ledger.count_refusal(context) >= MAX_REFUSALS:
+                self.close(context, "REFUSED_TWICE")
+            raise
+        sums = sums_to_bytes(release.sums)
+        # On the disk before the first byte leaves; the key is of no use from here on.
+        self._ledger.record_release(context, name, release.contributors, sums)
+        self._keys.erase(context.round_key_id)
+        self._forget(context.task_id)
+        return ReleasedBytes(sums, release.contributors)
 
-    def close(self, context: ContextId) -> None:
-        """Erase the secrets of an attempt, if it is still the current one."""
-        holder = self._current.get(context.task_id)
-        if holder is not None and holder.context.id == context:
+    def audit(self, context: ContextId, upload_digest: bytes, masked: NDArray[np.uint64]) -> str:
+        """The reason why an upload fails the noise audit; empty where it passes.
+
+        Raises:
+            SecaggError: see `KeyHolder.audit`.
+        """
+        holder = self._require(context)
+        reason = OffGridError.reason if holder.audit(upload_digest, masked) else ""
+        self._ledger.record_audited(context, upload_digest, reason)
+        return reason
+
+    def close(self, context: ContextId, reason: str = "ABANDONED") -> None:
+        """Erase the secrets of an attempt, if it is still the current one and open."""
+        current = self._ledger.current(context.task_id)
+        if current is not None and current.id == context:
+            self._ledger.close_round(context, reason)
+            self._keys.erase(context.round_key_id)
+            self._forget(context.task_id)
+
+    def _forget(self, task_id: str) -> None:
+        holder = self._live.pop(task_id, None)
+        if holder is not None:
             holder.close()
 
-    def _require(self, context: ContextId) -> KeyHolder:
-        holder = self._current.get(context.task_id)
-        if holder is None:
+    def _current(self, context: ContextId) -> OpenedRound:
+        row = self._ledger.current(context.task_id)
+        if row is None:
             raise ClosedError("expected an open round; this key holder has none for the task")
-        holder.context.id.require(context)
+        row.id.require(context)
+        return row
+
+    def _require(self, context: ContextId) -> KeyHolder:
+        """The open round's secrets, from memory, or from the disk after a restart."""
+        row = self._current(context)
+        if row.state != "OPEN":
+            raise _over()
+        if context.task_id not in self._live:
+            self._live[context.task_id] = self._resumed(row)
+        return self._live[context.task_id]
+
+    def _resumed(self, row: OpenedRound) -> KeyHolder:
+        private = self._keys.get(row.round_key_id)
+        if private is None:
+            raise ClosedError("expected the round's key; it is gone; open another attempt")
+        context = RoundContext(row.id, _plan(row), row.public_key)
+        holder = self._holder(context, RoundKeyPair.from_bytes(private))
+        for _, _, encoded in self._ledger.admissions(row.id):
+            # Whoever was revoked meanwhile is not admitted again.
+            with contextlib.suppress(IdentityError):
+                holder.admit(admission_from_wire(parse(round_pb2.Admission, encoded)))
+        audited = {name: bool(reason) for name, reason in self._ledger.audited(row.id).items()}
+        holder.resume(row.refusals, audited)
         return holder
 
 
-def _same(holder: KeyHolder, plan: Plan, model_digest: bytes) -> KeyHolder:
-    if (holder.context.plan.digest, holder.context.id.model_digest) != (plan.digest, model_digest):
-        raise DuplicateError("expected the plan and model that this attempt was opened with")
-    return holder
+def _plan(row: OpenedRound) -> Plan:
+    return plan_from_wire(parse(plan_pb2.Plan, row.plan))
 
 
-def _judged(holder: KeyHolder, admission: Admission) -> str:
-    try:
-        holder.admit(admission)
-    except UploadError as error:
-        return error.reason
-    return ""
+def _over() -> ClosedError:
+    return ClosedError(
+        "expected a later round or attempt; this one is over; one release a round; a task that "
+        "starts afresh needs an id that this key holder has not seen"
+    )

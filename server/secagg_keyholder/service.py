@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId
 from secagg.errors import MalformedError
-from secagg.release import Release
+from secagg.parameters import Plan
 from secagg.residues import widen
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
@@ -26,11 +26,10 @@ from secagg.wire.codec import (
     piece,
     piece_count,
     plan_from_wire,
-    sums_to_bytes,
 )
 from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
-from secagg_keyholder.rounds import Rounds
+from secagg_keyholder.rounds import ReleasedBytes, Rounds
 
 __all__ = ["KeyHolderService"]
 
@@ -40,11 +39,12 @@ _LOG = structlog.get_logger(__name__)
 
 
 class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
-    """Round keys, verdicts and releases, for the server."""
+    """Round keys, verdicts, audits and releases, for the server."""
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
-        self._lock = asyncio.Lock()
+        # One call at a time for each task; tasks do not wait for one another.
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @translated
     async def OpenRound(
@@ -53,13 +53,21 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         """See the contract."""
         plan = plan_from_wire(request.plan)
         model_digest = exact("model_digest", request.model_digest, DIGEST_BYTES)
-        async with self._lock:
-            holder = self._rounds.open(
-                plan, request.task_id, request.round_number, request.attempt, model_digest
+        async with self._locks[request.task_id]:
+            opened, endorsement = await asyncio.to_thread(
+                self._rounds.open,
+                plan,
+                request.task_id,
+                request.round_number,
+                request.attempt,
+                model_digest,
             )
         _LOG.info("round_opened", round=request.round_number, attempt=request.attempt)
         return pb.OpenRoundResponse(
-            context=context_id_to_wire(holder.context.id), round_key=holder.context.round_key
+            context=context_id_to_wire(opened.id),
+            round_key=opened.round_key,
+            identity=endorsement.identity,
+            signature=endorsement.signature,
         )
 
     @translated
@@ -72,9 +80,9 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
                 f"expected at most {MAX_JUDGED} uploads; got {len(request.admissions)}"
             )
         admissions = [admission_from_wire(message) for message in request.admissions]
-        round_context = context_id_from_wire(request.context)
-        async with self._lock:
-            reasons = await asyncio.to_thread(self._rounds.judge, round_context, admissions)
+        name = context_id_from_wire(request.context)
+        async with self._locks[name.task_id]:
+            reasons = await asyncio.to_thread(self._rounds.judge, name, admissions)
         verdicts = [
             _verdict(admission.receipt.upload_digest, reason)
             for admission, reason in zip(admissions, reasons, strict=True)
@@ -86,28 +94,89 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         self, request_iterator: AsyncIterator[pb.ReleaseRequest], context: _Context
     ) -> AsyncIterator[pb.ReleaseResponse]:
         """See the contract."""
-        received = await _received(request_iterator, self._rounds)
-        round_context = received.context
-        async with self._lock:
-            release = await asyncio.to_thread(
-                self._rounds.release, round_context, received.upload_digests, received.residues
-            )
-        _LOG.info(
-            "round_released",
-            round=round_context.round_number,
-            contributors=release.contributors,
-        )
+        name, digests, residues = await self._manifest_and_sum(request_iterator)
+        async with self._locks[name.task_id]:
+            release = await asyncio.to_thread(self._rounds.release, name, digests, residues)
+        _LOG.info("round_released", round=name.round_number, contributors=release.contributors)
         for response in _pieces(release):
             yield response
+
+    async def _manifest_and_sum(
+        self, requests: AsyncIterator[pb.ReleaseRequest]
+    ) -> tuple[ContextId, list[bytes], NDArray[np.uint64]]:
+        """Not a byte more than the plan prescribes is kept."""
+        name: ContextId | None = None
+        plan: Plan | None = None
+        digests: list[bytes] = []
+        data = bytearray()
+        async for request in requests:
+            part = request.WhichOneof("part")
+            if part == "manifest" and not data:
+                named = context_id_from_wire(request.manifest.context)
+                name = name or named
+                name.require(named)
+                if plan is None:
+                    plan = await asyncio.to_thread(self._rounds.plan, name)
+                digests += [
+                    exact("upload_digest", upload, DIGEST_BYTES)
+                    for upload in request.manifest.upload_digests
+                ]
+                _check_count(digests, plan)
+            elif part == "residues" and plan is not None:
+                _append(data, request.residues, plan)
+            else:
+                raise MalformedError("expected the manifest first, then the sum; got another order")
+        if name is None or plan is None:
+            raise MalformedError("expected a manifest and a sum; got nothing")
+        return name, digests, widen(data, plan.blocks)
+
+    @translated
+    async def AuditNoise(
+        self, request_iterator: AsyncIterator[pb.AuditNoiseRequest], context: _Context
+    ) -> pb.AuditNoiseResponse:
+        """See the contract."""
+        name, upload, plan = await self._audited(request_iterator)
+        data = bytearray()
+        async for request in request_iterator:
+            if request.WhichOneof("part") != "residues":
+                raise MalformedError("expected the upload's name first, then its ciphertexts")
+            _append(data, request.residues, plan)
+        masked = widen(data, plan.blocks)
+        async with self._locks[name.task_id]:
+            reason = await asyncio.to_thread(self._rounds.audit, name, upload, masked)
+        return pb.AuditNoiseResponse(verdict=_verdict(upload, reason))
+
+    async def _audited(
+        self, requests: AsyncIterator[pb.AuditNoiseRequest]
+    ) -> tuple[ContextId, bytes, Plan]:
+        async for request in requests:
+            if request.WhichOneof("part") == "upload":
+                name = context_id_from_wire(request.upload.context)
+                upload = exact("upload_digest", request.upload.upload_digest, DIGEST_BYTES)
+                return name, upload, await asyncio.to_thread(self._rounds.plan, name)
+            break
+        raise MalformedError("expected the upload's name in the first message")
 
     @translated
     async def CloseRound(
         self, request: pb.CloseRoundRequest, context: _Context
     ) -> pb.CloseRoundResponse:
         """See the contract."""
-        async with self._lock:
-            self._rounds.close(context_id_from_wire(request.context))
+        name = context_id_from_wire(request.context)
+        async with self._locks[name.task_id]:
+            await asyncio.to_thread(self._rounds.close, name)
         return pb.CloseRoundResponse()
+
+
+def _check_count(digests: list[bytes], plan: Plan) -> None:
+    if len(digests) > plan.max_clients:
+        raise MalformedError(f"expected at most {plan.max_clients} uploads; got more")
+
+
+def _append(data: bytearray, chunk: bytes, plan: Plan) -> None:
+    if len(data) + len(chunk) > plan.payload_bytes:
+        raise MalformedError(f"expected ciphertexts of {plan.payload_bytes} bytes; got more")
+    data += chunk
 
 
 def _verdict(upload_digest: bytes, reason: str) -> round_pb2.Verdict:
@@ -116,48 +185,8 @@ def _verdict(upload_digest: bytes, reason: str) -> round_pb2.Verdict:
     return round_pb2.Verdict(upload_digest=upload_digest, state=state, reason=reason)
 
 
-@dataclass(frozen=True, slots=True)
-class _Received:
-    context: ContextId
-    upload_digests: list[bytes]
-    residues: NDArray[np.uint64]
-
-
-async def _received(requests: AsyncIterator[pb.ReleaseRequest], rounds: Rounds) -> _Received:
-    """A manifest and the sum over it: not a byte more than the plan prescribes is kept."""
-    context: ContextId | None = None
-    digests: list[bytes] = []
-    data = bytearray()
-    async for request in requests:
-        part = request.WhichOneof("part")
-        if part == "manifest" and not data:
-            named = context_id_from_wire(request.manifest.context)
-            context = context or named
-            context.require(named)
-            plan = rounds.plan(context)
-            digests += [
-                exact("upload_digest", name, DIGEST_BYTES)
-                for name in request.manifest.upload_digests
-            ]
-            if len(digests) > plan.max_clients:
-                raise MalformedError(f"expected at most {plan.max_clients} uploads; got more")
-        elif part == "residues" and context is not None:
-            if len(data) + len(request.residues) > plan.payload_bytes:
-                raise MalformedError(f"expected a sum of {plan.payload_bytes} bytes; got more")
-            data += request.residues
-        else:
-            raise MalformedError("expected the manifest first, then the sum; got another order")
-    if context is None:
-        raise MalformedError("expected a manifest and a sum; got nothing")
-    return _Received(context, digests, widen(data, plan.blocks))
-
-
-def _pieces(release: Release) -> list[pb.ReleaseResponse]:
-    data = sums_to_bytes(release.sums)
+def _pieces(release: ReleasedBytes) -> list[pb.ReleaseResponse]:
     return [
-        pb.ReleaseResponse(
-            data=piece(data, index),
-            contributors=release.contributors,
-        )
-        for index in range(piece_count(len(data)))
+        pb.ReleaseResponse(data=piece(release.sums, index), contributors=release.contributors)
+        for index in range(piece_count(len(release.sums)))
     ]

@@ -2,79 +2,129 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 
-from secagg.errors import ConfigurationError
+from secagg.audit import client_hash, load_audit_key
+from secagg.certificates import Role
+from secagg.enrolment import EnrolmentFile
+from secagg.errors import ConfigurationError, UnavailableError
 from secagg.rpc import channels
+from secagg.rpc.gatekeeper import Gatekeeper
 from secagg.rpc.lifecycle import (
+    Check,
     add_health,
     check_ready_file,
     serve_until_stopped,
     write_ready_file,
 )
-from secagg.wire.v1 import aggregation_service_pb2_grpc, operator_service_pb2_grpc
+from secagg.rpc.workers import Workers
+from secagg.settings import only_process
+from secagg.wire.v1 import (
+    aggregation_service_pb2,
+    aggregation_service_pb2_grpc,
+    operator_service_pb2,
+    operator_service_pb2_grpc,
+)
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import SystemClock
-from secagg_server.config import ServerSettings
+from secagg_server.config import Opened, ServerSettings
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
 from secagg_server.key_holder import KeyHolderClient
+from secagg_server.retention import keep_tidy
 from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService, OperatorService
 from secagg_server.store import Store
 
 __all__ = ["run"]
 
+MIN_FREE_BYTES = 64 << 20
+_AGGREGATION = aggregation_service_pb2.DESCRIPTOR.services_by_name["AggregationService"].full_name
+_OPERATOR = operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name
 _LOG = structlog.get_logger(__name__)
-
-
-def _open_data(settings: ServerSettings) -> tuple[Store, BlobStore]:
-    try:
-        blobs = BlobStore(settings.data_dir)
-    except OSError as error:
-        raise ConfigurationError(
-            f"expected a writable data_dir; {settings.data_dir}: {error.strerror}"
-        ) from None
-    return Store(settings.database), blobs
 
 
 async def run(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        ConfigurationError: an address or directory that cannot be used.
+        ConfigurationError, IdentityError: see `ServerSettings.opened`, or a port is taken.
     """
     # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
     check_ready_file(settings.ready_file)
+    opened = settings.opened()
     for address in (settings.listen, settings.admin_listen):
-        channels.check_listenable(address)
-    channels.check_loopback(settings.key_holder)
-    store, blobs = _open_data(settings)
+        channels.check_listenable(address, encrypted=opened.kit is not None)
+    with only_process(settings.data_dir):
+        await _serve(settings, opened)
+
+
+async def _serve(settings: ServerSettings, opened: Opened) -> None:
+    if opened.kit is None:
+        _LOG.warning("insecure", why="plaintext on loopback: anybody on this machine may call")
+    audit_key = load_audit_key(settings.data_dir / "audit.key")
+    store, blobs = Store(settings.database, audit_key), BlobStore(settings.data_dir)
+    workers = Workers(settings.workers)
     rounds = OpenRounds(clock := SystemClock())
-    key_holder = KeyHolderClient(settings.key_holder)
-    coordinator = Coordinator(store, blobs, rounds, key_holder, clock)
-    public, admin = channels.server(), channels.server()
+    key_holder = KeyHolderClient(settings.key_holder, opened.kit)
+    coordinator = Coordinator(store, blobs, rounds, key_holder, clock, opened.roster, workers.run)
+    gatekeeper = Gatekeeper(
+        {_AGGREGATION: {Role.CLIENT}, _OPERATOR: {Role.OPERATOR}},
+        opened.roster,
+        encrypted=opened.kit is not None,
+        in_flight=settings.max_in_flight,
+        hashed=lambda name: client_hash(audit_key, name),
+    )
+    public, admin = channels.server([gatekeeper]), channels.server([gatekeeper])
+    intake = Intake(store, blobs, rounds, opened.roster)
     aggregation_service_pb2_grpc.add_AggregationServiceServicer_to_server(
-        AggregationService(store, blobs, rounds, Intake(store, blobs, rounds)), public
+        AggregationService(store, blobs, rounds, intake), public
     )
     operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(
-        OperatorService(store, blobs, coordinator), admin
+        OperatorService(store, blobs, coordinator, opened.roster, settings.min_clients), admin
     )
     healths = [add_health(public), add_health(admin)]
     addresses = {
-        "listen": channels.add_listener(public, settings.listen),
-        "admin_listen": channels.add_listener(admin, settings.admin_listen),
+        "listen": channels.add_listener(public, settings.listen, opened.kit),
+        "admin_listen": channels.add_listener(admin, settings.admin_listen, opened.kit),
     }
     await public.start()
     await admin.start()
     coordinator.resume()
+    tidy = asyncio.create_task(keep_tidy(store, blobs, clock, settings.retain_days))
     _LOG.info("listening", **addresses)
     if settings.ready_file:
         write_ready_file(settings.ready_file, addresses)
 
     async def on_stop() -> None:
+        tidy.cancel()
         await coordinator.stop()
         await key_holder.close()
 
-    await serve_until_stopped([public, admin], healths, on_stop)
+    checks = _checks(store, blobs, key_holder, opened)
+    await serve_until_stopped([public, admin], healths, on_stop, checks)
+    workers.close()
     store.close()
+
+
+def _checks(
+    store: Store, blobs: BlobStore, key_holder: KeyHolderClient, opened: Opened
+) -> list[Check]:
+    """What must work for the server to be of use to anybody."""
+
+    async def storing() -> None:
+        await asyncio.to_thread(store.ping)
+
+    async def room() -> None:
+        if await asyncio.to_thread(blobs.free_bytes) < MIN_FREE_BYTES:
+            raise UnavailableError("expected room on the disk; it is almost full")
+
+    async def enrolment() -> None:
+        if isinstance(opened.roster, EnrolmentFile):
+            opened.roster.current()
+            if opened.roster.problem:
+                raise ConfigurationError(opened.roster.problem)
+
+    return [storing, room, enrolment, key_holder.check]

@@ -23,6 +23,10 @@ class BlobStore:
         self._root = root
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    def free_bytes(self) -> int:
+        """Bytes that are left on the disk."""
+        return shutil.disk_usage(self._root).free
+
     def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> None:
         """Store one checked chunk of an upload."""
         _write(self._upload(context, upload_digest) / str(index), data)
@@ -61,6 +65,14 @@ class BlobStore:
         with (self._root / "models" / task_id / f"{version}.f32").open("rb") as file:
             file.seek(start)
             return file.read(size)
+
+    def drop_model(self, task_id: str, version: int) -> None:
+        """Remove a model version."""
+        (self._root / "models" / task_id / f"{version}.f32").unlink(missing_ok=True)
+
+    def drop_sums(self, task_id: str, round_number: int) -> None:
+        """Remove a round's sums."""
+        (self._root / "sums" / task_id / f"{round_number}.i64").unlink(missing_ok=True)
 
     def put_sums(self, task_id: str, round_number: int, data: bytes) -> None:
         """Store a round's exact sums."""

@@ -12,16 +12,17 @@ from google.protobuf.json_format import MessageToDict
 
 from secagg import logs
 from secagg.archive import read_npz
+from secagg.audit import to_line
 from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_table, version
 from secagg.context import rotation_string
 from secagg.errors import InputError
+from secagg.options import with_settings
 from secagg.parameters import FloatSegment, IntegerSegment
 from secagg.quantize import dequantize_integers, flatten
-from secagg.settings import load
+from secagg.rpc.lifecycle import check_health
 from secagg.wire.codec import model_to_bytes, sums_from_bytes
 from secagg_server.app import run as run_server
-from secagg_server.config import ServerSettings
-from secagg_server.operator import Operator
+from secagg_server.config import OperatorSettings, ServerSettings
 from secagg_server.tasks import TaskSpec, read_task
 
 __all__ = ["app"]
@@ -30,16 +31,10 @@ app = typer.Typer(help="The aggregation server.", no_args_is_help=True)
 task_app = typer.Typer(help="Create and watch tasks on a running server.", no_args_is_help=True)
 app.add_typer(task_app, name="task")
 
-_ADMIN = Annotated[
-    str,
-    typer.Option(
-        "--admin",
-        envvar="SECAGG_SERVER_ADMIN_LISTEN",
-        help="host:port of the server's admin listener",
-    ),
-]
+config_app = typer.Typer(help="Look at the configuration without starting.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
 _FORMAT = Annotated[OutputFormat, typer.Option("--format", help="table or json")]
-_DEFAULT_ADMIN = "127.0.0.1:7401"
 
 
 @app.callback()
@@ -53,46 +48,58 @@ def _main(
 
 @app.command()
 @exits_cleanly
-def run(
-    config: Annotated[Path | None, typer.Option(help="TOML file")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port for clients")] = None,
-    admin_listen: Annotated[str | None, typer.Option(help="host:port for operators")] = None,
-    key_holder: Annotated[str | None, typer.Option(help="host:port of the key holder")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="models, uploads, database")] = None,
-    store_url: Annotated[str | None, typer.Option(help="SQLAlchemy URL")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error")] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="written once listening")] = None,
-) -> None:
+@with_settings(ServerSettings)
+def run(settings: ServerSettings) -> None:
     """Serve until stopped. Flags win over SECAGG_SERVER_* variables, which win over the file."""
-    settings = load(
-        ServerSettings,
-        config,
-        {
-            "listen": listen,
-            "admin_listen": admin_listen,
-            "key_holder": key_holder,
-            "data_dir": data_dir,
-            "store_url": store_url,
-            "log_level": log_level,
-            "ready_file": ready_file,
-        },
-    )
     logs.configure(settings.log_level)
     asyncio.run(run_server(settings))
 
 
+@config_app.command()
+@exits_cleanly
+@with_settings(ServerSettings)
+def check(settings: ServerSettings) -> None:
+    """Say what `run` would refuse, with the same message and exit code, without starting."""
+    settings.check()
+    out.print("the configuration is fine")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(ServerSettings, ["listen", "kit", "insecure"])
+def health(settings: ServerSettings) -> None:
+    """Ask the running server whether it is ready; 0 if it is, 69 if not."""
+    check_health(*settings.dialled())
+    out.print("ready")
+
+
+@app.command("audit")
+@exits_cleanly
+@with_settings(OperatorSettings)
+def audit_command(
+    settings: OperatorSettings,
+    output: Annotated[Path, typer.Argument(help="file to write, for `secagg audit verify`")],
+) -> None:
+    """Download the audit log of a running server, one JSON object a line."""
+    with output.open("w", encoding="utf-8") as file:
+        for entry in settings.operator().audit():
+            file.write(to_line(entry) + "\n")
+    out.print(f"wrote {output}")
+
+
 @task_app.command()
 @exits_cleanly
+@with_settings(OperatorSettings)
 def create(
+    settings: OperatorSettings,
     file: Annotated[Path, typer.Argument(help="the task as TOML; see docs/samples/task.toml")],
     model: Annotated[
         Path | None, typer.Option(help="initial model: .npz with the task's tensors; else zeros")
     ] = None,
-    admin: _ADMIN = _DEFAULT_ADMIN,
 ) -> None:
     """Create a task and start its first round."""
     spec = read_task(file)
-    Operator(admin).create_task(spec, _read_model(spec, model) if model else b"")
+    settings.operator().create_task(spec, _read_model(spec, model) if model else b"")
     out.print(
         f"task {spec.task_id!r} runs: {spec.rounds} rounds, plan {spec.plan.digest.hex()[:16]}"
     )
@@ -110,9 +117,10 @@ def _read_model(spec: TaskSpec, file: Path) -> bytes:
 
 @task_app.command("list")
 @exits_cleanly
-def list_tasks(admin: _ADMIN = _DEFAULT_ADMIN, format_: _FORMAT = OutputFormat.table) -> None:
+@with_settings(OperatorSettings)
+def list_tasks(settings: OperatorSettings, format_: _FORMAT = OutputFormat.table) -> None:
     """All tasks, oldest first."""
-    tasks = Operator(admin).tasks()
+    tasks = settings.operator().tasks()
     if format_ is OutputFormat.json:
         print_json([_plain(task) for task in tasks])
         return
@@ -125,11 +133,10 @@ def list_tasks(admin: _ADMIN = _DEFAULT_ADMIN, format_: _FORMAT = OutputFormat.t
 
 @task_app.command()
 @exits_cleanly
-def show(
-    task_id: str, admin: _ADMIN = _DEFAULT_ADMIN, format_: _FORMAT = OutputFormat.table
-) -> None:
+@with_settings(OperatorSettings)
+def show(settings: OperatorSettings, task_id: str, format_: _FORMAT = OutputFormat.table) -> None:
     """One task with every attempt at its rounds."""
-    answer = _plain(Operator(admin).task(task_id))
+    answer = _plain(settings.operator().task(task_id))
     if format_ is OutputFormat.json:
         print_json(answer)
         return
@@ -154,25 +161,27 @@ def show(
 
 @task_app.command()
 @exits_cleanly
-def abort(task_id: str, admin: _ADMIN = _DEFAULT_ADMIN) -> None:
+@with_settings(OperatorSettings)
+def abort(settings: OperatorSettings, task_id: str) -> None:
     """End a task."""
-    Operator(admin).abort_task(task_id)
+    settings.operator().abort_task(task_id)
     out.print(f"task {task_id!r} ended")
 
 
 @task_app.command()
 @exits_cleanly
+@with_settings(OperatorSettings)
 def sums(
+    settings: OperatorSettings,
     task_id: str,
     round_number: Annotated[int, typer.Argument(help="from 1")],
     output: Annotated[Path, typer.Option(help=".npz file to write")],
-    admin: _ADMIN = _DEFAULT_ADMIN,
 ) -> None:
     """Write a round's exact integer sums, one array for each segment.
 
     Integer segments are the plain sums; segments of floats are the rotated, quantised sums.
     """
-    operator = Operator(admin)
+    operator = settings.operator()
     spec = TaskSpec.from_wire(operator.task(task_id).task.spec)
     data, contributors = operator.sums(task_id, round_number)
     rotation = rotation_string(task_id, round_number, spec.plan)

@@ -4,21 +4,29 @@ Collect until the deadline or until enough have come, let the key holder judge, 
 add exactly the ciphertexts on it, have the sum opened, apply it. A client that drops out, is late
 or is refused changes nothing but the cohort; too small a cohort aborts the attempt with the reason.
 Memory is that of one chunk of the model, whatever the number of clients.
+
+Whatever state a crash leaves an attempt in, the next start goes on from there: every step gives
+the same result when it is done again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import json
+import random
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from secagg.context import NO_MODEL, RoundContext
+from secagg.endorsement import Endorsement
+from secagg.enrolment import Roster
 from secagg.errors import (
     QuorumError,
     ReleaseError,
@@ -26,7 +34,9 @@ from secagg.errors import (
     SecaggError,
     UnavailableError,
 )
+from secagg.failpoints import failpoint
 from secagg.logs import where
+from secagg.noise_audit import masked
 from secagg.parameters import FloatSegment
 from secagg.release import Release
 from secagg.residues import ResidueSum, widen
@@ -40,16 +50,40 @@ from secagg_server.states import FINAL, RoundState, TaskState
 from secagg_server.store import RoundRow, Store
 from secagg_server.tasks import TaskSpec
 
-__all__ = ["Coordinator"]
+__all__ = ["KEY_HOLDER_ATTEMPTS", "RESTART_GRACE_S", "Coordinator"]
 
-RELEASE_ATTEMPTS = 3
+KEY_HOLDER_ATTEMPTS = 3
+"""Times that the key holder is asked before an attempt at a round is given up."""
+
+RESTART_GRACE_S = 10.0
+"""Seconds that a round collects at least after a restart, so that clients can come back."""
+
 _BY_OPERATOR = "ABORTED: ended by the operator"
 _UNEXPECTED = "INTERNAL: see the server's log"
+# How far an attempt has come; an audit goes back to summing.
+_ORDER = (
+    RoundState.CREATED,
+    RoundState.COLLECTING,
+    RoundState.CHECKING,
+    RoundState.SUMMING,
+    RoundState.RELEASING,
+)
 _LOG = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+def _here(work: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - any result
+    return work(*arguments)
 
 
 class Coordinator:
-    """Runs every task of a server, each in an asyncio task of its own."""
+    """Runs every task of a server, each in an asyncio task of its own.
+
+    Args:
+        roster: whom clients are drawn from.
+        compute: runs calculations that hold the interpreter's lock, such as in another process;
+            called from threads.
+    """
 
     def __init__(
         self,
@@ -58,28 +92,27 @@ class Coordinator:
         rounds: OpenRounds,
         key_holder: KeyHolderStub,
         clock: Clock,
+        roster: Roster,
+        compute: Callable[..., Any] = _here,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._rounds = rounds
         self._key_holder = key_holder
         self._clock = clock
+        self._roster = roster
+        self._compute = compute
         self._running: dict[str, asyncio.Task[None]] = {}
         self._contexts: dict[str, RoundContext] = {}
 
     def resume(self) -> None:
         """Continue every running task after a start."""
-        for row in self._store.tasks():
-            if row.state is TaskState.RUNNING:
-                self._abandon_collecting(row.task_id)
-                self.start(row.task_spec())
-
-    def _abandon_collecting(self, task_id: str) -> None:
-        """End attempts that a restart interrupted before they had closed."""
-        for row in self._store.rounds(task_id):
-            if row.state in (RoundState.CREATED, RoundState.COLLECTING):
-                self._store.abort_round(row.key, "RESTARTED: the server was restarted")
-                self._blobs.drop_uploads(task_id)
+        after = ""
+        while page := self._store.tasks(after):
+            for row in page:
+                if row.state is TaskState.RUNNING:
+                    self.start(row.task_spec())
+            after = page[-1].task_id
 
     def start(self, spec: TaskSpec) -> None:
         """Run a task unless it is running."""
@@ -123,37 +156,34 @@ class Coordinator:
             self._running.pop(spec.task_id, None)
 
     async def _settle_interrupted(self, spec: TaskSpec) -> None:
-        """After a restart: conclude a round that had closed.
+        """After a restart: go on with the attempt that it interrupted.
 
         The key holder may have released the sum just before the server died. It never opens another
         one for that round, but gives the same manifest the same answer again.
         """
         for row in self._store.rounds(spec.task_id):
-            if row.state in FINAL:
-                continue
-            context = self._contexts[spec.task_id] = self._stored_context(spec, row)
-            await self._settle(row, self._conclude(spec, row, context))
-
-    def _stored_context(self, spec: TaskSpec, row: RoundRow) -> RoundContext:
-        return RoundContext.create(
-            spec.plan,
-            row.round_key,
-            task_id=spec.task_id,
-            round_number=row.round_number,
-            attempt=row.attempt,
-            model_digest=self._model_digest(spec),
-        )
+            if row.state not in FINAL:
+                await self._settle(row, self._attempt(spec, row))
 
     async def _round(self, spec: TaskSpec, number: int) -> None:
         """Attempt a round until it is done or out of attempts; those before a restart count."""
         failure: SecaggError = RoundError("expected an attempt left; a restart took the last one")
         while self._store.attempts(spec.task_id, number) < spec.max_attempts:
-            row = self._store.create_round(spec.task_id, number)
+            row = self._store.create_round(spec.task_id, number, self._drawn(spec))
+            failpoint("round-created")
             error = await self._settle(row, self._attempt(spec, row))
             if error is None:
                 return
             failure = error
         raise failure
+
+    def _drawn(self, spec: TaskSpec) -> list[str] | None:
+        """Clients for one attempt, drawn anew each time: whoever dropped out is not waited for."""
+        if not spec.selected_clients:
+            return None
+        enrolled = self._roster.active()
+        wanted = min(spec.selected_clients, len(enrolled))
+        return sorted(random.SystemRandom().sample(enrolled, wanted))
 
     async def _settle(self, row: RoundRow, work: Coroutine[Any, Any, None]) -> SecaggError | None:
         """Do an attempt's work and clean up after it; what went wrong, if anything did."""
@@ -179,23 +209,25 @@ class Coordinator:
         self._blobs.drop_uploads(task_id)
 
     async def _attempt(self, spec: TaskSpec, row: RoundRow) -> None:
-        context = self._contexts[spec.task_id] = await self._open(spec, row)
-        await self._collect(spec, row, context)
+        """One attempt, from wherever it stands."""
+        if row.state is RoundState.CREATED:
+            await self._open(spec, row)
+            row = self._store.round(row.key)
+            await self._collect(spec, row, grace_s=0.0)
+        elif row.state is RoundState.COLLECTING:
+            await self._collect(spec, row, grace_s=RESTART_GRACE_S)
+        context = self._contexts[spec.task_id] = self._stored_context(spec, row)
         await self._conclude(spec, row, context)
 
-    async def _conclude(self, spec: TaskSpec, row: RoundRow, context: RoundContext) -> None:
-        """From closed to done; repeating any part of it gives the same result."""
-        manifest = await self._manifest(row, context)
-        residues, aggregate_ms = await self._sum(context, manifest)
-        self._reach(row, RoundState.RELEASING)
-        release, release_ms = await self._release(context, manifest, residues)
-        self._apply(spec, row, release, aggregate_ms, release_ms)
-
-    def _reach(self, row: RoundRow, state: RoundState) -> None:
-        """Advance to a state, unless the round was further when a restart interrupted it."""
-        order = list(RoundState)
-        if order.index(row.state) < order.index(state):
-            self._store.advance(row.key, state)
+    def _stored_context(self, spec: TaskSpec, row: RoundRow) -> RoundContext:
+        return RoundContext.create(
+            spec.plan,
+            row.round_key,
+            task_id=spec.task_id,
+            round_number=row.round_number,
+            attempt=row.attempt,
+            model_digest=self._model_digest(spec),
+        )
 
     def _model_digest(self, spec: TaskSpec) -> bytes:
         if spec.model is None:
@@ -203,76 +235,160 @@ class Coordinator:
         version = self._store.task(spec.task_id).model_version
         return model_digest(self._blobs.model(spec.task_id, version))
 
-    async def _open(self, spec: TaskSpec, row: RoundRow) -> RoundContext:
-        context = await self._key_holder.open_round(
-            spec.plan,
-            task_id=spec.task_id,
-            round_number=row.round_number,
-            attempt=row.attempt,
-            model_digest=self._model_digest(spec),
+    async def _open(self, spec: TaskSpec, row: RoundRow) -> None:
+        digest = self._model_digest(spec)
+        context, endorsement = await _patiently(
+            lambda: self._key_holder.open_round(
+                spec.plan,
+                task_id=spec.task_id,
+                round_number=row.round_number,
+                attempt=row.attempt,
+                model_digest=digest,
+            )
         )
-        self._store.advance(row.key, RoundState.COLLECTING, round_key=context.round_key)
-        return context
+        self._contexts[spec.task_id] = context
+        self._store.open_round(
+            row.key,
+            round_key=context.round_key,
+            identity=endorsement.identity,
+            signature=endorsement.signature,
+            closes_at=self._clock.utc() + datetime.timedelta(milliseconds=spec.round_deadline_ms),
+        )
+        failpoint("round-opened")
 
-    async def _collect(self, spec: TaskSpec, row: RoundRow, context: RoundContext) -> None:
-        deadline = self._clock.now() + spec.round_deadline_ms / 1000
-        version = self._store.task(spec.task_id).model_version
-        current = OpenRound(spec, context, version, deadline)
+    async def _collect(self, spec: TaskSpec, row: RoundRow, grace_s: float) -> None:
+        """Let uploads in until enough have come, or until the deadline; at least for the grace."""
+        context = self._contexts[spec.task_id] = self._stored_context(spec, row)
+        left_s = (row.closes_at - self._clock.utc()).total_seconds() if row.closes_at else 0.0
+        # A clock that was set back must not let a round collect for longer than it may.
+        left_s = min(max(left_s, grace_s), spec.round_deadline_ms / 1000)
+        current = OpenRound(
+            spec,
+            context,
+            Endorsement(row.round_key_identity, row.round_key_signature),
+            self._store.task(spec.task_id).model_version,
+            self._clock.now() + left_s,
+            frozenset(json.loads(row.selected)) if row.selected else None,
+        )
         self._rounds.open(current)
-        await self._clock.wait(current.filled, deadline)
+        self._rounds.note_upload(context.id, self._store.counts(row.key).accepted)
+        await self._clock.wait(current.filled, current.deadline)
         self._rounds.close(spec.task_id)
         self._store.advance(row.key, RoundState.CHECKING)
 
-    async def _manifest(self, row: RoundRow, context: RoundContext) -> list[Admission]:
+    async def _conclude(self, spec: TaskSpec, row: RoundRow, context: RoundContext) -> None:
+        """From closed to done; repeating any part of it gives the same result."""
+        row = self._store.round(row.key)
+        if row.state is RoundState.AUDITING:
+            manifest = await self._audited(row, context)
+        else:
+            manifest = await self._judged(row, context)
+        try:
+            release, times = await self._summed_and_released(row, context, manifest)
+        except ReleaseError:
+            row = self._store.round(row.key)
+            if row.audited:
+                raise
+            self._store.advance(row.key, RoundState.AUDITING)
+            manifest = await self._audited(row, context)
+            row = self._store.round(row.key)
+            release, times = await self._summed_and_released(row, context, manifest)
+        self._apply(spec, row, release, *times)
+
+    async def _summed_and_released(
+        self, row: RoundRow, context: RoundContext, manifest: list[Admission]
+    ) -> tuple[Release, tuple[float, float]]:
+        """The release, and what adding and opening took in milliseconds."""
+        started = time.perf_counter()
+        residues = await asyncio.to_thread(self._add_chunks, context, manifest)
+        aggregate_ms = (time.perf_counter() - started) * 1000
+        failpoint("sum-ready")
+        self._reach(row, RoundState.RELEASING)
+        names = [admission.receipt.upload_digest for admission in manifest]
+        started = time.perf_counter()
+        answer = await self._released(context, names, residues)
+        release_ms = (time.perf_counter() - started) * 1000
+        failpoint("release-received")
+        release = Release(context.plan, context.rotation, answer.contributors, answer.sums)
+        return release, (aggregate_ms, release_ms)
+
+    async def _released(
+        self, context: RoundContext, names: list[bytes], residues: NDArray[np.uint64]
+    ) -> ReleasedSums:
+        """A lost answer is the same one the second time."""
+        return await _patiently(lambda: self._key_holder.release(context, names, residues))
+
+    def _reach(self, row: RoundRow, state: RoundState) -> None:
+        """Advance to a state, unless the round was further when a restart interrupted it."""
+        if row.state not in _ORDER or _ORDER.index(row.state) < _ORDER.index(state):
+            self._store.advance(row.key, state)
+
+    async def _judged(self, row: RoundRow, context: RoundContext) -> list[Admission]:
         """Every accepted upload that the key holder does not refuse."""
         admissions = self._store.accepted(context)
         _check_quorum(context, len(admissions))
         if row.state in (RoundState.SUMMING, RoundState.RELEASING):
             return admissions  # judged before a restart; the refused ones are not among them
-        refused = await self._key_holder.judge(context, admissions)
+        refused = await _patiently(lambda: self._key_holder.judge(context, admissions))
+        return self._fixed(row, context, admissions, refused)
+
+    async def _audited(self, row: RoundRow, context: RoundContext) -> list[Admission]:
+        """Every accepted upload that passes the noise audit, after a sum was refused."""
+        refused: dict[bytes, str] = {}
+        admissions = self._store.accepted(context)
+        for admission in admissions:
+            name = admission.receipt.upload_digest
+            hidden = await asyncio.to_thread(self._masked, context, name)
+            if reason := await self._audit_one(context, name, hidden):
+                refused[name] = reason
+        self._store.set_audited(row.key)
+        _LOG.warning("noise_audit", round=row.round_number, named=len(refused))
+        if not refused:
+            raise ReleaseError(
+                "expected the sum to open under its manifest; it does not, and the noise audit "
+                "names nobody; the round is collected again"
+            )
+        return self._fixed(row, context, admissions, refused)
+
+    async def _audit_one(
+        self, context: RoundContext, name: bytes, hidden: NDArray[np.uint64]
+    ) -> str:
+        return await _patiently(lambda: self._key_holder.audit(context, name, hidden))
+
+    def _masked(self, context: RoundContext, name: bytes) -> NDArray[np.uint64]:
+        chunks = range(context.plan.chunks)
+        residues = np.concatenate([self._residues(context, name, index) for index in chunks])
+        hidden: NDArray[np.uint64] = self._compute(masked, context.plan, residues)
+        return hidden
+
+    def _fixed(
+        self,
+        row: RoundRow,
+        context: RoundContext,
+        admissions: Sequence[Admission],
+        refused: dict[bytes, str],
+    ) -> list[Admission]:
+        """The manifest: what was refused is left out, for good."""
         for upload_digest, reason in refused.items():
             self._store.reject_upload(context, upload_digest, reason)
         manifest = [a for a in admissions if a.receipt.upload_digest not in refused]
         _check_quorum(context, len(manifest))
-        self._reach(row, RoundState.SUMMING)
+        self._store.record_manifest(row.key, [a.receipt.upload_digest for a in manifest])
+        self._store.advance(row.key, RoundState.SUMMING)
+        failpoint("uploads-judged")
         return manifest
-
-    async def _sum(
-        self, context: RoundContext, manifest: list[Admission]
-    ) -> tuple[NDArray[np.uint64], float]:
-        started = time.perf_counter()
-        residues = await asyncio.to_thread(self._add_chunks, context, manifest)
-        return residues, (time.perf_counter() - started) * 1000
 
     def _add_chunks(self, context: RoundContext, manifest: list[Admission]) -> NDArray[np.uint64]:
         parts = []
         for index in range(context.plan.chunks):
-            blocks = context.plan.chunk_blocks(index)
-            running = ResidueSum(blocks)
+            running = ResidueSum(context.plan.chunk_blocks(index))
             for admission in manifest:
-                data = self._blobs.chunk(context.id, admission.receipt.upload_digest, index)
-                running.add(widen(data, blocks))
+                running.add(self._residues(context, admission.receipt.upload_digest, index))
             parts.append(running.value())
         return np.concatenate(parts)
 
-    async def _release(
-        self, context: RoundContext, manifest: list[Admission], residues: NDArray[np.uint64]
-    ) -> tuple[Release, float]:
-        names = [admission.receipt.upload_digest for admission in manifest]
-        started = time.perf_counter()
-        answer = await self._released(context, names, residues)
-        elapsed_ms = (time.perf_counter() - started) * 1000
-        release = Release(context.plan, context.rotation, answer.contributors, answer.sums)
-        return release, elapsed_ms
-
-    async def _released(
-        self, context: RoundContext, names: list[bytes], residues: NDArray[np.uint64]
-    ) -> ReleasedSums:
-        """Ask until an answer arrives: a lost answer is the same one the second time."""
-        for _ in range(RELEASE_ATTEMPTS - 1):
-            with contextlib.suppress(UnavailableError):
-                return await self._key_holder.release(context, names, residues)
-        return await self._key_holder.release(context, names, residues)
+    def _residues(self, context: RoundContext, name: bytes, index: int) -> NDArray[np.uint64]:
+        return widen(self._blobs.chunk(context.id, name, index), context.plan.chunk_blocks(index))
 
     def _apply(
         self,
@@ -292,6 +408,7 @@ class Coordinator:
                 self._store.void_round(row.key, _reason(error))
                 return
             self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(model))
+            failpoint("model-stored")
         self._blobs.put_sums(spec.task_id, row.round_number, sums_to_bytes(release.sums))
         version = self._store.finish_round(
             row.key,
@@ -301,6 +418,7 @@ class Coordinator:
             release_ms=release_ms,
             has_model=spec.model is not None,
         )
+        failpoint("round-finished")
         _LOG.info(
             "round_done",
             round=row.round_number,
@@ -311,6 +429,14 @@ class Coordinator:
 
     def _model(self, spec: TaskSpec, segment: FloatSegment, version: int) -> NDArray[np.float32]:
         return model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
+
+
+async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """Ask the key holder again while it cannot be reached; each time waits for its connection."""
+    for _ in range(KEY_HOLDER_ATTEMPTS - 1):
+        with contextlib.suppress(UnavailableError):
+            return await ask()
+    return await ask()
 
 
 def _check_quorum(context: RoundContext, uploads: int) -> None:

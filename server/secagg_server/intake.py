@@ -2,7 +2,7 @@
 
 Cheap checks come before dear ones, and everything is checked before anything counts: a refused
 upload leaves no trace in the sum. All three steps are idempotent by the upload's digest, so that a
-client may repeat any of them after a lost answer.
+client may repeat any of them after a lost answer, or after a restart of either side.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 
 from secagg.context import ContextId
-from secagg.errors import ClosedError, MalformedError
-from secagg.receipts import Receipt
+from secagg.enrolment import Roster
+from secagg.errors import ClosedError, MalformedError, MismatchError, OverloadedError
+from secagg.failpoints import failpoint
 from secagg.residues import widen
 from secagg.upload import Admission
 from secagg_server.blobs import BlobStore
@@ -23,72 +24,109 @@ __all__ = ["Intake"]
 
 
 class Intake:
-    """Receives uploads into store and blobs."""
+    """Receives uploads into store and blobs.
 
-    def __init__(self, store: Store, blobs: BlobStore, rounds: OpenRounds) -> None:
+    In every method ``caller`` is the name in the certificate of whoever calls; None where the
+    listener speaks plaintext, and the signing key alone says who a client is.
+    """
+
+    def __init__(self, store: Store, blobs: BlobStore, rounds: OpenRounds, roster: Roster) -> None:
         self._store = store
         self._blobs = blobs
         self._rounds = rounds
+        self._roster = roster
 
-    def open(self, admission: Admission) -> tuple[UploadState, list[int]]:
+    def _client(self, caller: str | None, signing_key: bytes) -> str:
+        """The client behind a signing key, if it is the one that calls."""
+        client = self._roster.client_of(signing_key)
+        if caller is not None and client != caller:
+            raise MismatchError(
+                "expected a receipt signed by the client whose certificate this is; it is signed "
+                "by another one; use certificate and signing key of one kit"
+            )
+        return client
+
+    def open(
+        self, admission: Admission, caller: str | None = None
+    ) -> tuple[UploadState, list[int]]:
         """Announce an upload.
 
         Returns:
             Its state, and the chunks that are still missing.
 
         Raises:
+            NotEnrolledError, RevokedError, MismatchError: not the caller's own signing key.
             ClosedError: the round is closed, or its cohort is full.
             ContextError, ReceiptError: made for something else, or not signed.
             DuplicateError: the client announced a different upload before.
+            OverloadedError: the disk is almost full.
         """
         receipt = admission.receipt
-        if self._is_accepted(receipt.context, receipt.client_key, receipt.upload_digest):
+        client = self._client(caller, receipt.client_key)
+        if self._is_accepted(receipt.context, client, receipt.upload_digest):
             return UploadState.ACCEPTED, []
         current = self._rounds.require(receipt.context)
         admission.verify(current.context)
-        self._check_room(current, receipt)
-        state = self._store.open_upload(current.context, admission)
+        self._check_room(current, client)
+        state = self._store.open_upload(current.context, admission, client)
+        failpoint("upload-announced")
         if state is not UploadState.RECEIVING:
             return state, []
         return state, self._missing(current, receipt.upload_digest)
 
-    def _check_room(self, current: OpenRound, receipt: Receipt) -> None:
+    def _check_room(self, current: OpenRound, client: str) -> None:
         plan, context = current.context.plan, current.context
-        if self._store.upload(context.id, receipt.client_key) is not None:
+        if self._store.upload(context.id, client) is not None:
             return
+        if current.selected is not None and client not in current.selected:
+            raise ClosedError("expected a client that was drawn for this round; this one was not")
         if self._store.counts(round_key(context)).accepted >= plan.max_clients:
             raise ClosedError(
                 f"expected at most max_clients={plan.max_clients} uploads; the cohort is full; "
                 "join the next round"
             )
+        if self._blobs.free_bytes() < 2 * plan.payload_bytes:
+            raise OverloadedError(
+                "expected room on the server's disk for another upload; there is none; try again "
+                "later, and tell the operator"
+            )
 
     def put_chunk(
-        self, context: ContextId, client_key: bytes, upload_digest: bytes, index: int, data: bytes
+        self,
+        context: ContextId,
+        client_key: bytes,
+        upload_digest: bytes,
+        index: int,
+        data: bytes,
+        caller: str | None = None,
     ) -> None:
         """Store one chunk of an announced upload.
 
         Raises:
+            NotEnrolledError, RevokedError, MismatchError: not the caller's own signing key.
             ClosedError: the round is closed, or the upload was not announced or is complete.
             ContextError: made for another round.
             MalformedError: no such chunk, the wrong size, or a residue of q or more.
         """
-        current = self._require_receiving(context, client_key, upload_digest)
+        client = self._client(caller, client_key)
+        current = self._require_receiving(context, client, upload_digest)
         plan = current.context.plan
         if index >= plan.chunks:
             raise MalformedError(f"expected a chunk below {plan.chunks}; got {index=}")
         widen(data, plan.chunk_blocks(index))
         self._blobs.put_chunk(context, upload_digest, index, data)
+        failpoint("chunk-stored")
 
-    def _is_accepted(self, context: ContextId, client_key: bytes, upload_digest: bytes) -> bool:
+    def _is_accepted(self, context: ContextId, client: str, upload_digest: bytes) -> bool:
         """Whether a repeated call is about an upload that counts already, its round open or not."""
-        known = self._store.upload(context, client_key)
+        known = self._store.upload(context, client)
         return known == (upload_digest, UploadState.ACCEPTED)
 
     def _require_receiving(
-        self, context: ContextId, client_key: bytes, upload_digest: bytes
+        self, context: ContextId, client: str, upload_digest: bytes
     ) -> OpenRound:
         current = self._rounds.require(context)
-        known = self._store.upload(context, client_key)
+        known = self._store.upload(context, client)
         if known is None or known != (upload_digest, UploadState.RECEIVING):
             raise ClosedError(
                 "expected chunks of an announced, incomplete upload; this is not one; announce it "
@@ -96,18 +134,26 @@ class Intake:
             )
         return current
 
-    def commit(self, context: ContextId, client_key: bytes, upload_digest: bytes) -> None:
+    def commit(
+        self,
+        context: ContextId,
+        client_key: bytes,
+        upload_digest: bytes,
+        caller: str | None = None,
+    ) -> None:
         """Complete an upload; completing it again changes nothing.
 
         Raises:
+            NotEnrolledError, RevokedError, MismatchError: not the caller's own signing key.
             ClosedError: the round is closed, the upload was not announced, or the cohort is full.
             ContextError: made for another round.
             MalformedError: chunks are missing, or the bytes are not the signed ones; then all of
                 them are dropped and may be sent again.
         """
-        if self._is_accepted(context, client_key, upload_digest):
+        client = self._client(caller, client_key)
+        if self._is_accepted(context, client, upload_digest):
             return
-        current = self._require_receiving(context, client_key, upload_digest)
+        current = self._require_receiving(context, client, upload_digest)
         if missing := self._missing(current, upload_digest):
             raise MalformedError(f"expected all chunks; {len(missing)} are missing; send them")
         if self._sha256(current, upload_digest) != upload_digest:
@@ -115,7 +161,8 @@ class Intake:
             raise MalformedError(
                 "expected the bytes that the receipt signs; their SHA-256 differs; send them again"
             )
-        self._store.accept_upload(current.context, client_key)
+        self._store.accept_upload(current.context, client)
+        failpoint("upload-accepted")
 
     def _missing(self, current: OpenRound, upload_digest: bytes) -> list[int]:
         count = current.context.plan.chunks

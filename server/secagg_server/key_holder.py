@@ -1,21 +1,33 @@
-"""The server's view of the key holder: a stub with deadlines, in the library's own types."""
+"""The server's view of the key holder: a stub with deadlines, in the library's own types.
+
+The connection is made again when the kit's files have changed, so that certificates rotate without
+a restart. A round key is taken from a pinned key holder only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
+from secagg.certificates import Kit, Role
 from secagg.context import RoundContext
-from secagg.errors import MalformedError
+from secagg.endorsement import Endorsement, read_pins
+from secagg.errors import MalformedError, SecaggError, UnavailableError
 from secagg.parameters import Plan
 from secagg.residues import narrow
 from secagg.rpc.channels import aio_channel
+from secagg.rpc.deadlines import deadline_s
+from secagg.rpc.diagnosis import why_unreachable
+from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.status import from_rpc_error
 from secagg.upload import Admission
 from secagg.wire.codec import (
@@ -32,8 +44,7 @@ __all__ = ["KeyHolderClient", "KeyHolderStub", "Opened", "ReleasedSums"]
 
 JUDGE_BATCH = 256
 MANIFEST_BATCH = 16_384
-_CALL_TIMEOUT_S = 30.0
-_RELEASE_TIMEOUT_S = 600.0
+_HEALTH_TIMEOUT_S = 2.0
 
 Opened = dict[bytes, str]
 """Reason of refusal by upload digest; uploads that are not in it are accepted."""
@@ -52,8 +63,8 @@ class KeyHolderStub(Protocol):
 
     async def open_round(
         self, plan: Plan, *, task_id: str, round_number: int, attempt: int, model_digest: bytes
-    ) -> RoundContext:
-        """A fresh round key, bound to its round."""
+    ) -> tuple[RoundContext, Endorsement]:
+        """A fresh round key, bound to its round, with the key holder's signature."""
         ...
 
     async def judge(self, context: RoundContext, admissions: Sequence[Admission]) -> Opened:
@@ -66,29 +77,67 @@ class KeyHolderStub(Protocol):
         """The exact sums over a manifest."""
         ...
 
+    async def audit(
+        self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
+    ) -> str:
+        """Why an upload fails the noise audit; empty where it passes."""
+        ...
+
     async def close_round(self, context: RoundContext) -> None:
         """Erase the secrets of an attempt that came to nothing."""
         ...
 
 
 class KeyHolderClient:
-    """The key holder at a gRPC address."""
+    """The key holder at a gRPC address.
 
-    def __init__(self, address: str) -> None:
-        self._channel = aio_channel(address)
-        self._stub = key_holder_service_pb2_grpc.KeyHolderServiceStub(self._channel)
+    Args:
+        kit: for TLS; None for plaintext on loopback.
+    """
+
+    def __init__(self, address: str, kit: Kit | None) -> None:
+        self._address = address
+        self._kit = kit
+        self._stamp = _stamp(kit)
+        self._channel = aio_channel(address, kit)
 
     async def close(self) -> None:
         """Close the connection."""
         await self._channel.close()
 
+    async def _connected(self) -> grpc.aio.Channel:
+        if self._kit is not None and _stamp(self._kit) != self._stamp:
+            self._stamp = _stamp(self._kit)
+            self._kit = Kit.load(self._kit.folder, Role.SERVER)
+            old, self._channel = self._channel, aio_channel(self._address, self._kit)
+            await old.close()
+        return self._channel
+
+    async def _stub(self) -> key_holder_service_pb2_grpc.KeyHolderServiceStub:
+        return key_holder_service_pb2_grpc.KeyHolderServiceStub(await self._connected())
+
+    async def check(self) -> None:
+        """Whether the key holder is ready.
+
+        Raises:
+            UnavailableError: it is not, or cannot be reached.
+        """
+        stub = health_pb2_grpc.HealthStub(await self._connected())
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
+        except grpc.RpcError:
+            raise UnavailableError("expected a key holder; it cannot be reached") from None
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            raise UnavailableError("expected a key holder that is ready; it is not")
+
     async def open_round(
         self, plan: Plan, *, task_id: str, round_number: int, attempt: int, model_digest: bytes
-    ) -> RoundContext:
-        """A fresh round key, bound to its round.
+    ) -> tuple[RoundContext, Endorsement]:
+        """A fresh round key, bound to its round, with the key holder's signature.
 
         Raises:
             SecaggError: what the key holder answered, or `UnavailableError`.
+            UntrustedKeyError: not endorsed by a key holder that the kit pins.
         """
         request = pb.OpenRoundRequest(
             task_id=task_id,
@@ -97,8 +146,7 @@ class KeyHolderClient:
             plan=plan_to_wire(plan),
             model_digest=model_digest,
         )
-        # Waiting for the connection lets server and key holder start in any order.
-        answer = await _ask(self._stub.OpenRound, request, wait_for_ready=True)
+        answer = await self._ask((await self._stub()).OpenRound, request, "OpenRound")
         context = round_context_from_wire(answer.context, request.plan, answer.round_key)
         context.id.require(
             replace(
@@ -109,7 +157,11 @@ class KeyHolderClient:
                 model_digest=model_digest,
             )
         )
-        return context
+        endorsement = Endorsement(answer.identity, answer.signature)
+        if self._kit is not None:
+            pins = self._kit.file("key_holder.pub").read_text(encoding="utf-8")
+            endorsement.verify(context.id, read_pins(pins))
+        return context, endorsement
 
     async def judge(self, context: RoundContext, admissions: Sequence[Admission]) -> Opened:
         """Which uploads must not be summed, and why.
@@ -128,7 +180,7 @@ class KeyHolderClient:
             context=context_id_to_wire(context.id),
             admissions=[admission_to_wire(admission) for admission in batch],
         )
-        answer = await _ask(self._stub.JudgeUploads, request)
+        answer = await self._ask((await self._stub()).JudgeUploads, request, "JudgeUploads")
         judged = {verdict.upload_digest: verdict for verdict in answer.verdicts}
         if judged.keys() != {admission.receipt.upload_digest for admission in batch}:
             raise MalformedError("expected one verdict for each upload; the key holder gave others")
@@ -148,16 +200,48 @@ class KeyHolderClient:
         """
         pieces, contributors = [], 0
         requests = _release_requests(context, upload_digests, residues)
+        stub = await self._stub()
         try:
-            async for answer in self._stub.Release(requests, timeout=_RELEASE_TIMEOUT_S):
+            async for answer in stub.Release(
+                requests,
+                timeout=deadline_s("Release"),
+                wait_for_ready=True,
+                metadata=metadata(),
+            ):
                 pieces.append(answer.data)
                 contributors = answer.contributors
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise await self._translated(error) from None
         sums = sums_from_bytes(b"".join(pieces), context.plan)
         if contributors != len(upload_digests):
             raise MalformedError("expected a sum over the manifest; it is over another number")
         return ReleasedSums(sums, contributors)
+
+    async def audit(
+        self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
+    ) -> str:
+        """Why an upload fails the noise audit; empty where it passes.
+
+        Args:
+            masked: uint64 (plan.blocks, 4096), see `noise_audit.masked`.
+
+        Raises:
+            SecaggError: what the key holder answered, or `UnavailableError`.
+        """
+
+        async def requests() -> AsyncIterator[pb.AuditNoiseRequest]:
+            name = context_id_to_wire(context.id)
+            upload = pb.AuditedUpload(context=name, upload_digest=upload_digest)
+            yield pb.AuditNoiseRequest(upload=upload)
+            for chunk in _chunks(context, masked):
+                yield pb.AuditNoiseRequest(residues=chunk)
+
+        answer = await self._ask((await self._stub()).AuditNoise, requests(), "AuditNoise")
+        if answer.verdict.upload_digest != upload_digest:
+            raise MalformedError("expected a verdict on this upload; the key holder gave another")
+        if answer.verdict.state == round_pb2.VERDICT_STATE_ACCEPTED:
+            return ""
+        return str(answer.verdict.reason) or "REFUSED"
 
     async def close_round(self, context: RoundContext) -> None:
         """Erase the secrets of an attempt that came to nothing.
@@ -166,16 +250,44 @@ class KeyHolderClient:
             SecaggError: what the key holder answered, or `UnavailableError`.
         """
         request = pb.CloseRoundRequest(context=context_id_to_wire(context.id))
-        await _ask(self._stub.CloseRound, request)
+        stub = await self._stub()
+        await self._ask(stub.CloseRound, request, "CloseRound", wait_for_ready=False)
+
+    async def _ask(
+        self,
+        method: Callable[..., Any],
+        request: object,
+        name: str,
+        *,
+        wait_for_ready: bool = True,
+    ) -> Any:  # noqa: ANN401 - any response message
+        # Waiting for the connection lets server and key holder start, and restart, in any order.
+        try:
+            return await method(
+                request,
+                timeout=deadline_s(name),
+                wait_for_ready=wait_for_ready,
+                metadata=metadata(),
+            )
+        except grpc.RpcError as error:
+            raise await self._translated(error) from None
+
+    async def _translated(self, error: grpc.RpcError) -> SecaggError:
+        """Why TLS refuses the connection, if it does; else what the key holder said."""
+        found = from_rpc_error(error)
+        if not isinstance(found, UnavailableError):
+            return found
+        roles = (Role.KEY_HOLDER,)
+        return await asyncio.to_thread(why_unreachable, self._address, self._kit, roles) or found
 
 
-async def _ask(
-    method: Callable[..., Awaitable[Any]], request: object, *, wait_for_ready: bool = False
-) -> Any:  # noqa: ANN401 - any response message
-    try:
-        return await method(request, timeout=_CALL_TIMEOUT_S, wait_for_ready=wait_for_ready)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+def _stamp(kit: Kit | None) -> tuple[int, int]:
+    if kit is None:
+        return 0, 0
+    names = ("certificate.pem", "private.key")
+    with contextlib.suppress(OSError):
+        return tuple(kit.file(name).stat().st_mtime_ns for name in names)  # type: ignore[return-value]
+    return 0, 0
 
 
 async def _release_requests(
@@ -185,8 +297,13 @@ async def _release_requests(
     for start in range(0, len(upload_digests), MANIFEST_BATCH):
         part = upload_digests[start : start + MANIFEST_BATCH]
         yield pb.ReleaseRequest(manifest=pb.Manifest(context=name, upload_digests=part))
+    for chunk in _chunks(context, residues):
+        yield pb.ReleaseRequest(residues=chunk)
+
+
+def _chunks(context: RoundContext, residues: NDArray[np.uint64]) -> Iterator[bytes]:
     start = 0
     for index in range(context.plan.chunks):
         blocks = context.plan.chunk_blocks(index)
-        yield pb.ReleaseRequest(residues=narrow(residues[start : start + blocks]))
+        yield narrow(residues[start : start + blocks])
         start += blocks

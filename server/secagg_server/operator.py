@@ -7,8 +7,13 @@ from typing import Any
 
 import grpc
 
+from secagg.audit import Entry
+from secagg.certificates import Kit
 from secagg.errors import UnavailableError
 from secagg.rpc.channels import channel
+from secagg.rpc.deadlines import deadline_s
+from secagg.rpc.diagnosis import why_unreachable
+from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.status import from_rpc_error
 from secagg.wire.codec import piece, piece_count
 from secagg.wire.v1 import operator_service_pb2 as pb
@@ -17,24 +22,28 @@ from secagg_server.tasks import TaskSpec
 
 __all__ = ["Operator"]
 
-_TIMEOUT_S = 60.0
 _CONNECT_S = 10.0
+_TIMEOUT_S = deadline_s("CreateTask")
 
 
 class Operator:
     """Creates and watches the tasks of one server.
 
+    Args:
+        kit: an operator's; None for plaintext on loopback.
+
     Raises:
+        IdentityError: TLS refuses the connection; says why.
         UnavailableError: no server answers at the address within some seconds.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel = channel(address)
+    def __init__(self, address: str, kit: Kit | None) -> None:
+        self._channel = channel(address, kit)
         try:
             grpc.channel_ready_future(self._channel).result(_CONNECT_S)
         except grpc.FutureTimeoutError:
             self._channel.close()
-            raise UnavailableError(
+            raise why_unreachable(address, kit) or UnavailableError(
                 f"expected a server's admin listener at {address}; nothing answers there; start "
                 "secagg-server run, or pass --admin"
             ) from None
@@ -58,7 +67,14 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        return list(self._ask(self._stub.ListTasks, pb.ListTasksRequest()).tasks)
+        found: list[pb.TaskStatus] = []
+        request = pb.ListTasksRequest()
+        while True:
+            page = self._ask(self._stub.ListTasks, request)
+            found += page.tasks
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
 
     def task(self, task_id: str) -> pb.GetTaskResponse:
         """One task with its rounds.
@@ -66,9 +82,13 @@ class Operator:
         Raises:
             SecaggError: what the server answered.
         """
-        answer: pb.GetTaskResponse = self._ask(
-            self._stub.GetTask, pb.GetTaskRequest(task_id=task_id)
-        )
+        request = pb.GetTaskRequest(task_id=task_id)
+        answer: pb.GetTaskResponse = self._ask(self._stub.GetTask, request)
+        while answer.next_page_token:
+            request.page_token = answer.next_page_token
+            page = self._ask(self._stub.GetTask, request)
+            answer.rounds.extend(page.rounds)
+            answer.next_page_token = page.next_page_token
         return answer
 
     def abort_task(self, task_id: str) -> None:
@@ -91,9 +111,26 @@ class Operator:
         )
         return b"".join(answer.data for answer in answers), answers[0].contributors
 
+    def audit(self, after: int = 0) -> Iterator[Entry]:
+        """The audit log from an entry on.
+
+        Raises:
+            SecaggError: what the server answered.
+        """
+        try:
+            request = pb.ExportAuditRequest(after_sequence=after)
+            for item in self._stub.ExportAudit(
+                request, timeout=deadline_s("ExportAudit"), metadata=metadata()
+            ):
+                yield Entry(
+                    item.sequence, item.time, item.event, item.details, item.previous, item.hash
+                )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
     def _ask(self, method: Callable[..., Any], request: object) -> Any:  # noqa: ANN401 - any response
         try:
-            return method(request, timeout=_TIMEOUT_S)
+            return method(request, timeout=_TIMEOUT_S, metadata=metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
 

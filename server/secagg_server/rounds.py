@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from secagg.context import ContextId, RoundContext
+from secagg.endorsement import Endorsement
 from secagg.errors import ClosedError, NotReadyError
 from secagg_server.clock import Clock
 from secagg_server.tasks import TaskSpec
@@ -20,15 +21,19 @@ class OpenRound:
     Attributes:
         spec: its task.
         context: what uploads must be made for.
+        endorsement: the key holder's signature on it.
         model_version: what clients start from.
         deadline: clock time in seconds at which it closes.
+        selected: names of the clients drawn for it; None lets everybody in.
         filled: set once as many uploads as wanted have been accepted.
     """
 
     spec: TaskSpec
     context: RoundContext
+    endorsement: Endorsement
     model_version: int
     deadline: float
+    selected: frozenset[str] | None = None
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -57,15 +62,20 @@ class OpenRounds:
         """Milliseconds until the deadline, 0 once it has passed."""
         return max(0, round((current.deadline - self._clock.now()) * 1000))
 
-    def newest(self, task_id: str, after: tuple[int, int]) -> OpenRound:
+    def newest(self, task_id: str, after: tuple[int, int], client: str | None) -> OpenRound:
         """The open round of a task, if it is later than one a client is done with.
 
+        Args:
+            client: who asks; None where nobody can be told apart.
+
         Raises:
-            NotReadyError: there is none yet.
+            NotReadyError: there is none yet, or none for which this client was drawn.
         """
         current = self._open.get(task_id)
         if current is None or _order(current.context.id) <= after:
             raise NotReadyError("expected an open round; the next one has not started; ask again")
+        if current.selected is not None and client not in current.selected:
+            raise NotReadyError("expected to be drawn for this round; others were; ask again")
         return current
 
     def require(self, context: ContextId) -> OpenRound:

@@ -6,13 +6,17 @@ File and database work runs in threads, so that the event loop stays free.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 
+from secagg.enrolment import Roster
 from secagg.errors import ClosedError, ConfigurationError, MalformedError, RoundError
+from secagg.parameters import MIN_COHORT
 from secagg.receipts import CLIENT_KEY_BYTES
+from secagg.rpc.gatekeeper import caller
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import (
@@ -41,11 +45,13 @@ from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
 from secagg_server.rounds import OpenRounds
 from secagg_server.states import RoundState, TaskState, UploadState
-from secagg_server.store import RoundRow, Store, TaskRow
+from secagg_server.store import RoundRow, Store, TaskRow, UploadCounts
 from secagg_server.tasks import TaskSpec
 
 __all__ = ["AggregationService", "OperatorService"]
 
+MAX_TASKS = 200
+MAX_ROUNDS = 1000
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -69,7 +75,8 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             raise RoundError(f"expected a running task; it failed: {task.reason}")
         if task.state is TaskState.FINISHED:
             raise ClosedError("expected a running task; it has finished; its model can be fetched")
-        current = self._rounds.newest(request.task_id, (request.after_round, request.after_attempt))
+        after = (request.after_round, request.after_attempt)
+        current = self._rounds.newest(request.task_id, after, _caller_name())
         return aggregation_service_pb2.GetRoundResponse(
             context=context_id_to_wire(current.context.id),
             plan=plan_to_wire(current.context.plan),
@@ -77,6 +84,8 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             model_version=current.model_version,
             remaining_ms=self._rounds.remaining_ms(current),
             rounds_total=current.spec.rounds,
+            key_holder_identity=current.endorsement.identity,
+            round_key_signature=current.endorsement.signature,
         )
 
     @translated
@@ -103,12 +112,19 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
                 f"expected a chunk below {piece_count(total)}; got index={request.chunk_index}"
             )
         start = request.chunk_index * PIECE_BYTES
+        try:
+            digest = self._model_digest(request.task_id, version)
+            data = self._blobs.model_piece(request.task_id, version, start, PIECE_BYTES)
+        except FileNotFoundError:
+            raise ClosedError(
+                f"expected a model version that is still kept; {version=} is not; take a newer one"
+            ) from None
         return aggregation_service_pb2.GetModelResponse(
             version=version,
-            model_digest=self._model_digest(request.task_id, version),
+            model_digest=digest,
             total_bytes=total,
             chunk_count=piece_count(total),
-            data=self._blobs.model_piece(request.task_id, version, start, PIECE_BYTES),
+            data=data,
             tensors=tensors_to_wire(segment.tensors),
         )
 
@@ -126,7 +142,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
     ) -> aggregation_service_pb2.OpenUploadResponse:
         """See the contract."""
         admission = admission_from_wire(request.admission)
-        state, missing = await asyncio.to_thread(self._intake.open, admission)
+        state, missing = await asyncio.to_thread(self._intake.open, admission, _caller_name())
         return aggregation_service_pb2.OpenUploadResponse(
             state=_upload_state(state), missing_chunks=missing
         )
@@ -143,6 +159,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             exact("upload_digest", request.upload_digest, DIGEST_BYTES),
             request.chunk_index,
             request.data,
+            _caller_name(),
         )
         return aggregation_service_pb2.PutChunkResponse()
 
@@ -157,6 +174,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             round_context,
             exact("client_key", request.client_key, CLIENT_KEY_BYTES),
             exact("upload_digest", request.upload_digest, DIGEST_BYTES),
+            _caller_name(),
         )
         self._rounds.note_upload(round_context, await asyncio.to_thread(self._accepted, request))
         return aggregation_service_pb2.CommitUploadResponse(state=round_pb2.UPLOAD_STATE_ACCEPTED)
@@ -169,10 +187,19 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
 class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     """Tasks and results, for operators."""
 
-    def __init__(self, store: Store, blobs: BlobStore, coordinator: Coordinator) -> None:
+    def __init__(
+        self,
+        store: Store,
+        blobs: BlobStore,
+        coordinator: Coordinator,
+        roster: Roster,
+        min_clients: int = MIN_COHORT,
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._coordinator = coordinator
+        self._roster = roster
+        self._min_clients = min_clients
 
     @translated
     async def CreateTask(
@@ -182,16 +209,29 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     ) -> operator_service_pb2.CreateTaskResponse:
         """See the contract."""
         spec = await _first_spec(request_iterator)
+        self._check(spec)
         model = await _model_bytes(request_iterator, spec)
         row = await asyncio.to_thread(self._create, spec, model)
         if row.state is TaskState.RUNNING:
             self._coordinator.start(spec)
         return operator_service_pb2.CreateTaskResponse(state=_task_state(row.state))
 
+    def _check(self, spec: TaskSpec) -> None:
+        if spec.plan.min_clients < self._min_clients:
+            raise ConfigurationError(
+                f"expected a plan of at least min_clients={self._min_clients}, this server's "
+                f"floor; got min_clients={spec.plan.min_clients}"
+            )
+        enrolled = len(self._roster.active())
+        if spec.selected_clients and enrolled < spec.plan.min_clients:
+            raise ConfigurationError(
+                f"expected at least {spec.plan.min_clients} enrolled clients to draw from; got "
+                f"{enrolled}; enrol more, or leave selected_clients out"
+            )
+
     def _create(self, spec: TaskSpec, model: bytes) -> TaskRow:
         # The model first: a task that is recorded always has one.
-        known = [row for row in self._store.tasks() if row.task_id == spec.task_id]
-        if spec.model and not known:
+        if spec.model and not self._store.task_exists(spec.task_id):
             self._blobs.put_model(spec.task_id, 0, model)
         return self._store.create_task(spec, model_digest(model))
 
@@ -200,24 +240,40 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request: operator_service_pb2.ListTasksRequest, context: _Context
     ) -> operator_service_pb2.ListTasksResponse:
         """See the contract."""
-        rows = await asyncio.to_thread(self._store.tasks)
-        return operator_service_pb2.ListTasksResponse(tasks=[_task_status(row) for row in rows])
+        size = _page_size(request.page_size, MAX_TASKS)
+        rows = await asyncio.to_thread(self._store.tasks, request.page_token, size)
+        return operator_service_pb2.ListTasksResponse(
+            tasks=[_task_status(row) for row in rows],
+            next_page_token=rows[-1].task_id if len(rows) == size else "",
+        )
 
     @translated
     async def GetTask(
         self, request: operator_service_pb2.GetTaskRequest, context: _Context
     ) -> operator_service_pb2.GetTaskResponse:
         """See the contract."""
-        return await asyncio.to_thread(self._task, request.task_id)
+        return await asyncio.to_thread(self._task, request)
 
-    def _task(self, task_id: str) -> operator_service_pb2.GetTaskResponse:
-        row = self._store.task(task_id)
+    def _task(
+        self, request: operator_service_pb2.GetTaskRequest
+    ) -> operator_service_pb2.GetTaskResponse:
+        row = self._store.task(request.task_id)
         payload = row.task_spec().plan.payload_bytes
-        records = [self._round_record(item, payload) for item in self._store.rounds(task_id)]
-        return operator_service_pb2.GetTaskResponse(task=_task_status(row), rounds=records)
+        size = _page_size(request.page_size, MAX_ROUNDS)
+        rounds = self._store.rounds(request.task_id, _after(request.page_token), size)
+        counts = self._store.all_counts(request.task_id)
+        nobody = UploadCounts(0, 0)
+        return operator_service_pb2.GetTaskResponse(
+            task=_task_status(row),
+            rounds=[
+                self._round_record(item, counts.get(item.key, nobody), payload) for item in rounds
+            ],
+            next_page_token=_token(rounds[-1]) if len(rounds) == size else "",
+        )
 
-    def _round_record(self, row: RoundRow, payload_bytes: int) -> operator_service_pb2.RoundRecord:
-        counts = self._store.counts(row.key)
+    def _round_record(
+        self, row: RoundRow, counts: UploadCounts, payload_bytes: int
+    ) -> operator_service_pb2.RoundRecord:
         record = operator_service_pb2.RoundRecord(
             round_number=row.round_number,
             attempt=row.attempt,
@@ -262,8 +318,31 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         rounds = self._store.rounds(self._store.task(request.task_id).task_id)
         for row in rounds:
             if row.round_number == request.round_number and row.state is RoundState.DONE:
-                return row, self._blobs.sums(request.task_id, request.round_number)
+                try:
+                    return row, self._blobs.sums(request.task_id, request.round_number)
+                except FileNotFoundError:
+                    raise ClosedError(
+                        "expected sums that are still kept; these have been removed"
+                    ) from None
         raise ClosedError("expected a finished round; this one has no result")
+
+    @translated
+    async def ExportAudit(
+        self, request: operator_service_pb2.ExportAuditRequest, context: _Context
+    ) -> AsyncIterator[operator_service_pb2.ExportAuditResponse]:
+        """See the contract."""
+        after = request.after_sequence
+        while entries := await asyncio.to_thread(self._store.audit, after):
+            for entry in entries:
+                yield operator_service_pb2.ExportAuditResponse(
+                    sequence=entry.sequence,
+                    time=entry.time,
+                    event=entry.event,
+                    details=entry.details,
+                    previous=entry.previous,
+                    hash=entry.hash,
+                )
+            after = entries[-1].sequence
 
 
 async def _first_spec(
@@ -291,6 +370,29 @@ async def _model_bytes(
         return bytes(spec.model_bytes)
     model_from_bytes(bytes(received), spec.model.parameters if spec.model else 0)
     return bytes(received)
+
+
+def _caller_name() -> str | None:
+    identity = caller()
+    return identity.name if identity else None
+
+
+def _page_size(asked: int, largest: int) -> int:
+    return min(asked or largest, largest)
+
+
+def _after(token: str) -> tuple[int, int]:
+    """The round and attempt that a page follows."""
+    if not token:
+        return 0, 0
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", token)
+    if match is None:
+        raise MalformedError("expected the next_page_token of the page before; got something else")
+    return int(match[1]), int(match[2])
+
+
+def _token(row: RoundRow) -> str:
+    return f"{row.round_number}.{row.attempt}"
 
 
 def _task_status(row: TaskRow) -> operator_service_pb2.TaskStatus:

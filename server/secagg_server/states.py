@@ -3,10 +3,12 @@
 ::
 
     CREATED ─▶ COLLECTING ─▶ CHECKING ─▶ SUMMING ─▶ RELEASING ─▶ DONE
-       │            │            │           │            │
-       └────────────┴────────────┴─────┬─────┴────────────┘
-                                       ▼
-                                ABORTED(reason)
+       │            │            │        │   ▲        │   │
+       │            │            │        │ AUDITING ◀─┘   │
+       │            │            │        │     │          │
+       └────────────┴────────────┴────────┴──┬──┴──────────┘
+                                             ▼
+                                      ABORTED(reason)
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class RoundState(StrEnum):
     CHECKING = "CHECKING"
     SUMMING = "SUMMING"
     RELEASING = "RELEASING"
+    AUDITING = "AUDITING"
     DONE = "DONE"
     ABORTED = "ABORTED"
 
@@ -53,7 +56,8 @@ TRANSITIONS: dict[RoundState, frozenset[RoundState]] = {
     RoundState.COLLECTING: frozenset({RoundState.CHECKING, RoundState.ABORTED}),
     RoundState.CHECKING: frozenset({RoundState.SUMMING, RoundState.ABORTED}),
     RoundState.SUMMING: frozenset({RoundState.RELEASING, RoundState.ABORTED}),
-    RoundState.RELEASING: frozenset({RoundState.DONE, RoundState.ABORTED}),
+    RoundState.RELEASING: frozenset({RoundState.DONE, RoundState.AUDITING, RoundState.ABORTED}),
+    RoundState.AUDITING: frozenset({RoundState.SUMMING, RoundState.ABORTED}),
     RoundState.DONE: frozenset(),
     RoundState.ABORTED: frozenset(),
 }

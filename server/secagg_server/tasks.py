@@ -35,6 +35,8 @@ class TaskSpec:
         round_deadline_ms: time a round collects for, in milliseconds.
         max_attempts: attempts at one round before the task fails.
         target_clients: uploads after which a round closes before its deadline.
+        selected_clients: enrolled clients drawn at random for each attempt, target_clients or more
+            so that some may drop out; 0 lets everybody in.
     """
 
     task_id: str
@@ -43,6 +45,7 @@ class TaskSpec:
     round_deadline_ms: int
     max_attempts: int
     target_clients: int
+    selected_clients: int = 0
 
     def __post_init__(self) -> None:
         check_task_id(self.task_id)
@@ -62,6 +65,11 @@ class TaskSpec:
             raise ConfigurationError(
                 f"expected target_clients from {self.plan.min_clients} to "
                 f"{self.plan.max_clients}; got target_clients={self.target_clients}"
+            )
+        if self.selected_clients and self.selected_clients < self.target_clients:
+            raise ConfigurationError(
+                f"expected selected_clients of at least target_clients={self.target_clients}, or 0 "
+                f"for everybody; got selected_clients={self.selected_clients}"
             )
         if len([s for s in self.plan.segments if isinstance(s, FloatSegment)]) > 1:
             raise ConfigurationError("expected at most one segment of floats in a task: its model")
@@ -86,6 +94,7 @@ class TaskSpec:
             round_deadline_ms=self.round_deadline_ms,
             max_attempts=self.max_attempts,
             target_clients=self.target_clients,
+            selected_clients=self.selected_clients,
         )
 
     @classmethod
@@ -102,6 +111,7 @@ class TaskSpec:
             message.round_deadline_ms,
             message.max_attempts,
             message.target_clients,
+            message.selected_clients,
         )
 
 
@@ -143,6 +153,7 @@ class _TaskFile(_Section):
     min_clients: int = MIN_COHORT
     max_clients: int
     target_clients: int | None = None
+    selected_clients: int = 0
     rounds: int = 1
     round_deadline_s: float = Field(600.0, allow_inf_nan=False)
     max_attempts: int = 3
@@ -168,4 +179,5 @@ def read_task(file: Path) -> TaskSpec:
         round(literal.round_deadline_s * 1000),
         literal.max_attempts,
         literal.max_clients if literal.target_clients is None else literal.target_clients,
+        literal.selected_clients,
     )

@@ -11,7 +11,7 @@ import tenseal.sealapi as seal
 import zstandard
 from numpy.typing import NDArray
 
-from secagg import ckks
+from secagg import ring
 from secagg.parameters import MODULUS, RING_DEGREE
 
 Residues = NDArray[np.uint64]
@@ -28,7 +28,7 @@ def plaintext_file(residues: Residues, scale: float = 1.0) -> bytes:
     """SEAL's file of a plaintext in NTT form; a secret key's file is the same."""
     data = np.ascontiguousarray(residues, dtype="<u8").tobytes()
     array = _header(24 + len(data)) + struct.pack("<Q", residues.size) + data
-    body = struct.pack("<4QQd", *ckks.CONTEXT.first_parms_id(), residues.size, scale) + array
+    body = struct.pack("<4QQd", *ring.CONTEXT.first_parms_id(), residues.size, scale) + array
     return _header(16 + len(body)) + body
 
 
@@ -38,7 +38,7 @@ def secret_key(residues: Residues) -> seal.SecretKey:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "key")
         path.write_bytes(plaintext_file(residues))
-        key.load(ckks.CONTEXT, str(path))
+        key.load(ring.CONTEXT, str(path))
     return key
 
 
@@ -48,7 +48,7 @@ def plaintext(residues: Residues, scale: float = 1.0) -> seal.Plaintext:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "plain")
         path.write_bytes(plaintext_file(residues, scale))
-        plain.load(ckks.CONTEXT, str(path))
+        plain.load(ring.CONTEXT, str(path))
     return plain
 
 
@@ -66,7 +66,7 @@ def plaintext_residues(plain: seal.Plaintext) -> Residues:
 
 def ciphertext(first: Residues, second: Residues) -> seal.Ciphertext:
     """An ordinary two-part CKKS ciphertext (c, a) in NTT form."""
-    return ckks._load(np.stack([first, second]), ntt=True)
+    return ring.load(np.stack([first, second]), ntt=True)
 
 
 def root_of_unity() -> int:

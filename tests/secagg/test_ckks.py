@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from secagg import ckks, onetime
+from secagg import ckks, onetime, ring
 from secagg.keyholder import KeyHolder
 from secagg.packing import pack
 from secagg.parameters import MODULUS
@@ -26,7 +26,6 @@ from tests.secagg.seal_support import (
     canonical_embedding,
     ciphertext,
     dense,
-    evaluations,
     negacyclic,
     plaintext,
     plaintext_residues,
@@ -48,16 +47,10 @@ def small(seed: int, blocks: int, limit: int) -> NDArray[np.int64]:
 
 
 def ternary_key(seed: int) -> NDArray[np.uint64]:
-    return ckks.to_ntt(small(seed, 1, 1))[0]
+    return ring.to_ntt(small(seed, 1, 1))[0]
 
 
-# --- the ring -------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=5)
-@given(SPARSE)
-def test_the_ntt_evaluates_at_the_odd_powers_of_seals_root(polynomial: dict[int, int]) -> None:
-    assert ckks.to_ntt(dense(polynomial))[0].tolist() == evaluations(polynomial)
+# --- one ciphertext, and sums of them -------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -65,7 +58,7 @@ def test_the_ntt_evaluates_at_the_odd_powers_of_seals_root(polynomial: dict[int,
 def test_products_equal_the_schoolbook_in_python_integers(
     first: dict[int, int], second: dict[int, int]
 ) -> None:
-    public, key = ckks.to_ntt(dense(first)), ckks.to_ntt(dense(second))[0]
+    public, key = ring.to_ntt(dense(first)), ring.to_ntt(dense(second))[0]
     nothing = np.zeros((1, 4096), dtype=np.uint64)
     expected = negacyclic(first, second)
     assert ckks.decrypt(nothing, public, key)[0].tolist() == expected
@@ -94,7 +87,7 @@ def test_another_key_opens_nothing() -> None:
     sealed = ckks.encrypt(message, public, ternary_key(1))
     key = small(1, 1, 1)
     key[0, 4000] = 1 - key[0, 4000]  # one coefficient of the key differs
-    opened = ckks.decrypt(sealed, public, ckks.to_ntt(key)[0])
+    opened = ckks.decrypt(sealed, public, ring.to_ntt(key)[0])
     # Uniform modulo q: below 2**40 in magnitude with probability 2**-15 each, so 100 of 8192 never.
     assert np.count_nonzero(np.abs(opened) < 1 << 40) < 100
 
@@ -104,9 +97,9 @@ def test_sums_of_ciphertexts_open_under_the_sum_of_keys() -> None:
     exact = np.zeros((3, 4096), np.int64)
     for client in range(20):
         secret, message = small(client, 1, 1), small(100 + client, 3, 1 << 40)
-        total.add(ckks.encrypt(message, public, ckks.to_ntt(secret)[0]))
+        total.add(ckks.encrypt(message, public, ring.to_ntt(secret)[0]))
         key, exact = key + secret, exact + message
-    assert np.array_equal(ckks.decrypt(total.value(), public, ckks.to_ntt(key)[0]), exact)
+    assert np.array_equal(ckks.decrypt(total.value(), public, ring.to_ntt(key)[0]), exact)
 
 
 def test_a_message_of_zero_under_public_polynomials_of_zero_is_accepted_by_seal() -> None:
@@ -138,24 +131,24 @@ def test_seals_decryptor_opens_an_upload_with_the_one_time_key(
     (seed,) = seeds
     expected = pack(plan.layouts[0], values) + onetime.errors(seed, plan.blocks)
 
-    decryptor = seal.Decryptor(ckks.CONTEXT, secret_key(ckks.to_ntt(onetime.secret(seed)[None])[0]))
+    decryptor = seal.Decryptor(ring.CONTEXT, secret_key(ring.to_ntt(onetime.secret(seed)[None])[0]))
     public = holder.context.public_polynomials()
     assert plan.blocks > 1
     for j, polynomial in enumerate(widen(upload.payload, plan.blocks)):
         opened = seal.Plaintext()
         decryptor.decrypt(ciphertext(polynomial, public[j]), opened)
-        assert np.array_equal(plaintext_residues(opened), ckks.to_ntt(expected[j : j + 1])[0])
+        assert np.array_equal(plaintext_residues(opened), ring.to_ntt(expected[j : j + 1])[0])
 
 
 def test_seals_decryptor_opens_a_sum_with_the_sum_of_keys() -> None:
     public, key, exact = uniform(3, 1), small(1, 1, 1), small(1, 1, 1 << 50)
-    decryptor = seal.Decryptor(ckks.CONTEXT, secret_key(ckks.to_ntt(key * 5)[0]))
+    decryptor = seal.Decryptor(ring.CONTEXT, secret_key(ring.to_ntt(key * 5)[0]))
     total = ResidueSum(1)
     for _ in range(5):
-        total.add(ckks.encrypt(exact // 5, public, ckks.to_ntt(key)[0]))
+        total.add(ckks.encrypt(exact // 5, public, ring.to_ntt(key)[0]))
     opened = seal.Plaintext()
     decryptor.decrypt(ciphertext(total.value()[0], public[0]), opened)
-    assert np.array_equal(plaintext_residues(opened), ckks.to_ntt(exact // 5 * 5)[0])
+    assert np.array_equal(plaintext_residues(opened), ring.to_ntt(exact // 5 * 5)[0])
 
 
 @pytest.mark.parametrize("limit", [1, 127, 1 << 20])
@@ -163,15 +156,15 @@ def test_ckks_encoding_of_the_canonical_embedding_gives_our_residues(limit: int)
     coefficients = small(limit, 1, limit)
     plain = seal.Plaintext()
     slots = canonical_embedding(coefficients[0]).tolist()
-    seal.CKKSEncoder(ckks.CONTEXT).encode(slots, 1.0, plain)
-    assert np.array_equal(plaintext_residues(plain), ckks.to_ntt(coefficients)[0])
+    seal.CKKSEncoder(ring.CONTEXT).encode(slots, 1.0, plain)
+    assert np.array_equal(plaintext_residues(plain), ring.to_ntt(coefficients)[0])
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 20, 1 << 50])
 def test_ckks_decoding_of_our_plaintext_gives_the_canonical_embedding(limit: int) -> None:
     coefficients = small(limit % 1000, 1, limit)
-    plain = plaintext(ckks.to_ntt(coefficients)[0])
-    slots = np.array(seal.CKKSEncoder(ckks.CONTEXT).decode_complex(plain))
+    plain = plaintext(ring.to_ntt(coefficients)[0])
+    slots = np.array(seal.CKKSEncoder(ring.CONTEXT).decode_complex(plain))
     expected = canonical_embedding(coefficients[0])
     # Two FFTs in double precision: 12 stages each, relative to the norm of the coefficients.
     tolerance = 2 * 12 * 2.0**-52 * float(np.linalg.norm(coefficients.astype(float))) * 4
@@ -182,7 +175,7 @@ def test_ckks_decoding_of_our_plaintext_gives_the_canonical_embedding(limit: int
 
 
 def scratch() -> bytes:
-    return os.pread(ckks._SCRATCH.file._descriptor, 1 << 20, 0)
+    return os.pread(ring._SCRATCH.file._descriptor, 1 << 20, 0)
 
 
 def test_nothing_is_left_in_the_scratch_file() -> None:
@@ -195,7 +188,7 @@ def test_nothing_is_left_in_the_scratch_file() -> None:
 
 
 def test_nothing_is_left_on_disk() -> None:
-    assert "memfd" in Path(f"/proc/self/fd/{ckks._SCRATCH.file._descriptor}").readlink().name
+    assert "memfd" in Path(f"/proc/self/fd/{ring._SCRATCH.file._descriptor}").readlink().name
 
 
 def test_nothing_is_left_in_the_scratch_file_when_seal_refuses() -> None:
@@ -203,7 +196,7 @@ def test_nothing_is_left_in_the_scratch_file_when_seal_refuses() -> None:
     with pytest.raises(RuntimeError):
         ckks.decrypt(beyond, uniform(1, 1), ternary_key(1))
     left = scratch()
-    os.ftruncate(ckks._SCRATCH.file._descriptor, 0)
+    os.ftruncate(ring._SCRATCH.file._descriptor, 0)
     assert left == b""
 
 
@@ -212,7 +205,7 @@ def test_threads_do_not_mix_their_messages() -> None:
         message = np.full((1, 4096), 0, dtype=np.int64)
         message[0, 0] = number
         for _ in range(20):
-            if not (ckks.to_ntt(message) == number).all():
+            if not (ring.to_ntt(message) == number).all():
                 wrong.append(number)
 
     wrong: list[int] = []
@@ -226,9 +219,9 @@ def test_threads_do_not_mix_their_messages() -> None:
 
 FORK = """
 import os
-from secagg import ckks
+from secagg import ring
 def inode():
-    return os.fstat(ckks._SCRATCH.file._descriptor).st_ino
+    return os.fstat(ring._SCRATCH.file._descriptor).st_ino
 
 reader, writer = os.pipe()
 if os.fork() == 0:
@@ -251,14 +244,14 @@ def open_files() -> int:
 def test_a_finished_thread_leaves_no_open_file() -> None:
     before = open_files()
     for _ in range(5):
-        thread = threading.Thread(target=ckks.to_ntt, args=(small(1, 1, 1),))
+        thread = threading.Thread(target=ring.to_ntt, args=(small(1, 1, 1),))
         thread.start()
         thread.join()
     assert open_files() == before
 
 
 def test_seal_accepts_the_ring_at_256_bits_and_no_larger_prime() -> None:
-    assert ckks.CONTEXT.parameters_set()
+    assert ring.CONTEXT.parameters_set()
     parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
     parameters.set_poly_modulus_degree(4096)
     parameters.set_coeff_modulus(seal.CoeffModulus.Create(4096, [30, 29]))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from secagg import ckks, encryptor
+from secagg import encryptor, ring
 from secagg.aggregator import Aggregate, Aggregator
 from secagg.context import NO_MODEL, RoundContext
 from secagg.encryptor import Encryptor
@@ -187,7 +187,7 @@ def test_half_a_step_on_one_coefficient_is_refused(
     off = np.zeros((PLAN.blocks, 4096), np.int64)
     off[0, 9] = 1 << (PLAN.layouts[0].shift - 1)
     aggregate = forged(holder, uploads, uploads)
-    residues = (aggregate.residues + ckks.to_ntt(off)) % np.uint64(MODULUS)
+    residues = (aggregate.residues + ring.to_ntt(off)) % np.uint64(MODULUS)
     refused(holder, replace(aggregate, residues=residues), ReleaseError)
 
 

@@ -130,7 +130,8 @@ def test_reasons_are_unique_and_lead_back() -> None:
 
 def test_status_and_exit_codes_are_known_ones() -> None:
     statuses = {"INTERNAL", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "PERMISSION_DENIED"}
-    statuses |= {"ALREADY_EXISTS", "UNAVAILABLE", "DATA_LOSS"}
+    statuses |= {"ALREADY_EXISTS", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"}
+    statuses |= {"RESOURCE_EXHAUSTED"}
     for cls in CLASSES:
         assert cls.status in statuses
         assert 64 <= cls.exit_code <= 78

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from secagg import ckks
+from secagg import ring
 from secagg.errors import MalformedError
 from secagg.parameters import BLOCK_BYTES, MODULUS
 from secagg.residues import ResidueSum, narrow, widen
@@ -136,15 +136,15 @@ def test_reading_the_sum_in_between_changes_nothing(plan: list[bool], seed: int)
 
 
 def test_the_sum_equals_seals_evaluator() -> None:
-    evaluator = seal.Evaluator(ckks.CONTEXT)
+    evaluator = seal.Evaluator(ring.CONTEXT)
     total = ResidueSum(1)
-    theirs = ckks._load(ckks._with_constant(np.zeros((1, 4096), np.uint64)), ntt=True)
+    theirs = ring.load(ring.with_constant(np.zeros((1, 4096), np.uint64)), ntt=True)
     for count in range(1, 301):
         addend = uniform(count, 1)
         total.add(addend)
-        evaluator.add_inplace(theirs, ckks._load(ckks._with_constant(addend), ntt=True))
+        evaluator.add_inplace(theirs, ring.load(ring.with_constant(addend), ntt=True))
         if count in (1, 2, 255, 256, 257, 300):
-            assert np.array_equal(total.value(), ckks._dump(theirs)[:-1])
+            assert np.array_equal(total.value(), ring.dump(theirs)[:-1])
 
 
 def test_the_value_is_a_copy() -> None:

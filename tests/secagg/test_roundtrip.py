@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from secagg import ckks, onetime
+from secagg import ckks, onetime, ring
 from secagg.aggregator import Aggregator
 from secagg.encryptor import Encryptor
 from secagg.errors import PlanError, ReleaseError, SchemaError
@@ -149,7 +149,7 @@ def test_the_largest_cohort_at_the_extreme_opens() -> None:
     drawn = np.random.default_rng(1)
     values = drawn.choice([-1, 1], plan.segments[0].values) * layout.max_abs
     key = sum(onetime.secret(i.to_bytes(32, "big")) for i in range(clients))
-    ntt_key = ckks.to_ntt(np.asarray(key)[None])[0]
+    ntt_key = ring.to_ntt(np.asarray(key)[None])[0]
     public = KeyHolder(plan).context.public_polynomials()
     for noise in (layout.guard, -layout.guard):
         coefficients = clients * pack(layout, values) + noise

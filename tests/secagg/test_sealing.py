@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secagg.errors import MalformedError, SealError
 from secagg.sealing import (
     ROUND_KEY_BYTES,
+    ROUND_PRIVATE_BYTES,
     SEALED_SEED_BYTES,
     SEED_BYTES,
     RoundKeyPair,
@@ -140,3 +143,41 @@ def test_errors_do_not_show_the_seed_nor_the_seal(pair: RoundKeyPair, sealed: by
         for secret in (SEED, sealed[:16], sealed[-16:]):
             assert secret.hex() not in text
             assert repr(secret)[2:-1] not in text
+
+
+def test_a_stored_key_is_the_same_key(pair: RoundKeyPair, sealed: bytes) -> None:
+    data = pair.to_bytes()
+    again = RoundKeyPair.from_bytes(data)
+    assert len(data) == ROUND_PRIVATE_BYTES
+    assert (again.public, again.to_bytes()) == (pair.public, data)
+    assert again.open(sealed, INFO) == SEED
+    assert pair.open(seal(SEED, again.public, INFO), INFO) == SEED
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, 70], ids=["mlkem", "rejection", "x25519", "inside"])
+def test_another_stored_key_does_not_open_it(pair: RoundKeyPair, sealed: bytes, at: int) -> None:
+    data = bytearray(pair.to_bytes())
+    data[at] ^= 0x10
+    other = RoundKeyPair.from_bytes(bytes(data))
+    if at != 63:  # the last bytes of the seed only serve to reject silently
+        assert other.public != pair.public
+        with pytest.raises(SealError):
+            other.open(sealed, INFO)
+    else:
+        assert other.public == pair.public
+
+
+@given(data=st.binary(max_size=2 * ROUND_PRIVATE_BYTES))
+def test_private_bytes_of_another_size_are_refused(data: bytes) -> None:
+    if len(data) == ROUND_PRIVATE_BYTES:
+        assert RoundKeyPair.from_bytes(data).to_bytes() == data
+        return
+    with pytest.raises(MalformedError, match=f"{ROUND_PRIVATE_BYTES} bytes") as error:
+        RoundKeyPair.from_bytes(data)
+    if len(data) > 3:
+        assert data.hex() not in str(error.value)
+
+
+def test_a_stored_key_stays_hidden_in_its_repr(pair: RoundKeyPair) -> None:
+    again = RoundKeyPair.from_bytes(pair.to_bytes())
+    assert repr(again) == str(again) == "RoundKeyPair(OMITTED)"

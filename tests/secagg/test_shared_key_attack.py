@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from secagg import ckks, encryptor, onetime
+from secagg import ckks, encryptor, onetime, ring
 from secagg.aggregator import Aggregate, Aggregator
 from secagg.errors import ReleaseError
 from secagg.keyholder import KeyHolder
@@ -49,7 +49,7 @@ class SharedKey:
 
     def __post_init__(self) -> None:
         self.secret = ternary(self.stream)
-        self.key = ckks.to_ntt(self.secret[None])[0]
+        self.key = ring.to_ntt(self.secret[None])[0]
         self.second = uniform_polynomials(self.stream, 1)
         self.first = ckks.encrypt(self._error(), self.second, self.key)  # b = e - a s
         # Noise e v + e0 + e1 s of ten clients: standard deviation below 3.24 * 90 * sqrt(10).
@@ -60,7 +60,7 @@ class SharedKey:
 
     def encrypt(self, values: Integers) -> tuple[Residues, Residues]:
         """(b v + e0 + m, a v + e1)."""
-        mask = ckks.to_ntt(-ternary(self.stream)[None])[0]
+        mask = ring.to_ntt(-ternary(self.stream)[None])[0]
         first = ckks.encrypt(pack(self.layout, values) + self._error(), self.first, mask)
         return first, ckks.encrypt(self._error(), self.second, mask)
 
@@ -112,7 +112,7 @@ def test_an_exact_sum_under_a_shared_key_gives_the_key_away() -> None:
     assert wrong < 20
     recovered = guess(rounds)
     assert np.array_equal(recovered, scheme.secret)
-    opened = scheme.open(*stored, ckks.to_ntt(recovered[None])[0])
+    opened = scheme.open(*stored, ring.to_ntt(recovered[None])[0])
     assert np.array_equal(opened, victims_update)
 
 
@@ -164,7 +164,7 @@ def test_one_time_keys_leave_the_trick_nothing_but_the_attackers_own_key(
     for seed, upload in zip(seeds, uploads, strict=True):
         agreeing = np.count_nonzero(recovered == onetime.secret(seed))
         assert abs(agreeing - RING_DEGREE / 3) < 8 * 31
-        opened = ckks.decrypt(widen(upload.payload, 1), public, ckks.to_ntt(recovered[None])[0])
+        opened = ckks.decrypt(widen(upload.payload, 1), public, ring.to_ntt(recovered[None])[0])
         with pytest.raises(ReleaseError):
             unpack(layout, opened, layout.sum_abs // layout.max_abs)
 

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from secagg.errors import SecaggError
 from secagg.quantize import flatten
-from secagg.receipts import SigningKey
 from secagg.wire.codec import model_to_bytes
 from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
 from secagg_bench.demo.settings import TASK_ID, DemoSettings, Source
 from secagg_bench.processes import Program, Services, running_services
 from secagg_client.model import SharedTensors, init_shared
-from secagg_client.session import ClientSession
+from secagg_client.session import ClientKit, ClientSession
 from secagg_server.operator import Operator
 from secagg_server.tasks import TaskSpec
 
@@ -84,8 +83,8 @@ def run_encrypted(
     Raises:
         UnavailableError: a program did not start.
     """
-    with running_services(folder) as services, contextlib.ExitStack() as stack:
-        operator = Operator(services.admin)
+    with running_services(folder, settings.silos) as services, contextlib.ExitStack() as stack:
+        operator = services.operator()
         stack.callback(operator.close)
         started = time.monotonic()
         _create_task(operator, settings, n_items)
@@ -142,6 +141,7 @@ def _start_client(
     module: str,
 ) -> Program:
     arguments = ["join", "--server", services.server, "--task", TASK_ID]
+    arguments += ["--kit", str(services.client_kit(silo))]
     arguments += ["--dataset", source.dataset, "--silo", str(silo), "--silos", str(settings.silos)]
     arguments += ["--state-dir", str(_client_folder(folder, silo)), "--seed", str(settings.seed)]
     arguments += ["--dimensions", str(settings.dimensions)]
@@ -167,7 +167,8 @@ def _watch(
 
 
 def _final_model(services: Services) -> SharedTensors:
-    with ClientSession(services.server, TASK_ID, SigningKey.generate()) as session:
+    kit = ClientKit.load(services.client_kit(0))
+    with ClientSession(services.server, TASK_ID, kit) as session:
         return session.latest_model().tensors
 
 

@@ -19,20 +19,24 @@ class GetRoundRequest(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., after_round: _Optional[int] = ..., after_attempt: _Optional[int] = ...) -> None: ...
 
 class GetRoundResponse(_message.Message):
-    __slots__ = ("context", "plan", "round_key", "model_version", "remaining_ms", "rounds_total")
+    __slots__ = ("context", "plan", "round_key", "model_version", "remaining_ms", "rounds_total", "key_holder_identity", "round_key_signature")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KEY_HOLDER_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEY_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     context: _round_pb2.ContextId
     plan: _plan_pb2.Plan
     round_key: bytes
     model_version: int
     remaining_ms: int
     rounds_total: int
-    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., round_key: _Optional[bytes] = ..., model_version: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., rounds_total: _Optional[int] = ...) -> None: ...
+    key_holder_identity: bytes
+    round_key_signature: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., round_key: _Optional[bytes] = ..., model_version: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., rounds_total: _Optional[int] = ..., key_holder_identity: _Optional[bytes] = ..., round_key_signature: _Optional[bytes] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("task_id", "version", "latest", "chunk_index")

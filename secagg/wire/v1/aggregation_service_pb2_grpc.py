@@ -86,7 +86,8 @@ class AggregationServiceServicer(object):
         """Announces an upload; nothing is stored before receipt and sizes are checked. Again with the
         same digest: tells which chunks are missing. ALREADY_EXISTS/DUPLICATE_UPLOAD for another digest
         of the same client; FAILED_PRECONDITION/CONTEXT_MISMATCH or ROUND_CLOSED;
-        PERMISSION_DENIED/INVALID_RECEIPT; FAILED_PRECONDITION/ROUND_CLOSED when the cohort is full.
+        PERMISSION_DENIED/INVALID_RECEIPT, or IDENTITY_MISMATCH when the receipt is signed with a key
+        that is not the caller's; FAILED_PRECONDITION/ROUND_CLOSED when the cohort is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

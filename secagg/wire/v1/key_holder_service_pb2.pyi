@@ -23,12 +23,16 @@ class OpenRoundRequest(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., model_digest: _Optional[bytes] = ...) -> None: ...
 
 class OpenRoundResponse(_message.Message):
-    __slots__ = ("context", "round_key")
+    __slots__ = ("context", "round_key", "identity", "signature")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     context: _round_pb2.ContextId
     round_key: bytes
-    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., round_key: _Optional[bytes] = ...) -> None: ...
+    identity: bytes
+    signature: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., round_key: _Optional[bytes] = ..., identity: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class JudgeUploadsRequest(_message.Message):
     __slots__ = ("context", "admissions")
@@ -67,6 +71,28 @@ class ReleaseResponse(_message.Message):
     data: bytes
     contributors: int
     def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ...) -> None: ...
+
+class AuditNoiseRequest(_message.Message):
+    __slots__ = ("upload", "residues")
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    RESIDUES_FIELD_NUMBER: _ClassVar[int]
+    upload: AuditedUpload
+    residues: bytes
+    def __init__(self, upload: _Optional[_Union[AuditedUpload, _Mapping]] = ..., residues: _Optional[bytes] = ...) -> None: ...
+
+class AuditedUpload(_message.Message):
+    __slots__ = ("context", "upload_digest")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    context: _round_pb2.ContextId
+    upload_digest: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., upload_digest: _Optional[bytes] = ...) -> None: ...
+
+class AuditNoiseResponse(_message.Message):
+    __slots__ = ("verdict",)
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    verdict: _round_pb2.Verdict
+    def __init__(self, verdict: _Optional[_Union[_round_pb2.Verdict, _Mapping]] = ...) -> None: ...
 
 class CloseRoundRequest(_message.Message):
     __slots__ = ("context",)

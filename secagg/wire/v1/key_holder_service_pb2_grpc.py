@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KeyHolderServiceStub(object):
-    """Round keys, verdicts and releases, for the server. Clients never call it.
+    """Round keys, verdicts and releases, for the server. Clients never call it. All calls are idempotent,
+    and what they have answered outlives a restart of the key holder.
     """
 
     def __init__(self, channel):
@@ -50,6 +51,11 @@ class KeyHolderServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.AuditNoise = channel.stream_unary(
+                '/secagg.wire.v1.KeyHolderService/AuditNoise',
+                request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseResponse.FromString,
+                _registered_method=True)
         self.CloseRound = channel.unary_unary(
                 '/secagg.wire.v1.KeyHolderService/CloseRound',
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CloseRoundRequest.SerializeToString,
@@ -58,11 +64,14 @@ class KeyHolderServiceStub(object):
 
 
 class KeyHolderServiceServicer(object):
-    """Round keys, verdicts and releases, for the server. Clients never call it.
+    """Round keys, verdicts and releases, for the server. Clients never call it. All calls are idempotent,
+    and what they have answered outlives a restart of the key holder.
     """
 
     def OpenRound(self, request, context):
         """Creates the round key of one attempt at a round. Again with the same request: the same key.
+        FAILED_PRECONDITION/ROUND_CLOSED for a round that is over, or once a model has had more attempts
+        than the key holder allows.
         ALREADY_EXISTS when the attempt was opened with another plan or model;
         INVALID_ARGUMENT/IMPOSSIBLE_PLAN; FAILED_PRECONDITION when min_clients is below the key
         holder's own floor.
@@ -85,6 +94,16 @@ class KeyHolderServiceServicer(object):
         again, another one FAILED_PRECONDITION/ROUND_CLOSED. FAILED_PRECONDITION/QUORUM_NOT_REACHED
         below min_clients; DATA_LOSS/RELEASE_REFUSED when the sum does not open under the
         manifest; the second time, the round is closed for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuditNoise(self, request_iterator, context):
+        """Looks for uploads off the grid, after a sum was refused: the context and digest of one upload
+        first, then its ciphertexts, masked with a random multiple of the grid in every coefficient.
+        Once an upload; again: the same verdict. FAILED_PRECONDITION/ROUND_CLOSED unless a sum of this
+        attempt was refused. After the first call, only uploads judged ACCEPTED here may be released.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +134,11 @@ def add_KeyHolderServiceServicer_to_server(servicer, server):
                     request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseResponse.SerializeToString,
             ),
+            'AuditNoise': grpc.stream_unary_rpc_method_handler(
+                    servicer.AuditNoise,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseResponse.SerializeToString,
+            ),
             'CloseRound': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseRound,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CloseRoundRequest.FromString,
@@ -129,7 +153,8 @@ def add_KeyHolderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KeyHolderService(object):
-    """Round keys, verdicts and releases, for the server. Clients never call it.
+    """Round keys, verdicts and releases, for the server. Clients never call it. All calls are idempotent,
+    and what they have answered outlives a restart of the key holder.
     """
 
     @staticmethod
@@ -203,6 +228,33 @@ class KeyHolderService(object):
             '/secagg.wire.v1.KeyHolderService/Release',
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuditNoise(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/secagg.wire.v1.KeyHolderService/AuditNoise',
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.AuditNoiseResponse.FromString,
             options,
             channel_credentials,
             insecure,

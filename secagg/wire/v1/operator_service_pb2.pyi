@@ -24,20 +24,22 @@ TASK_STATE_FINISHED: TaskState
 TASK_STATE_FAILED: TaskState
 
 class TaskSpec(_message.Message):
-    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients")
+    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients", "selected_clients")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     ROUND_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    SELECTED_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     plan: _plan_pb2.Plan
     rounds: int
     round_deadline_ms: int
     max_attempts: int
     target_clients: int
-    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ...) -> None: ...
+    selected_clients: int
+    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ..., selected_clients: _Optional[int] = ...) -> None: ...
 
 class CreateTaskRequest(_message.Message):
     __slots__ = ("spec", "model_data")
@@ -54,14 +56,20 @@ class CreateTaskResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[TaskState, str]] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListTasksResponse(_message.Message):
-    __slots__ = ("tasks",)
+    __slots__ = ("tasks", "next_page_token")
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     tasks: _containers.RepeatedCompositeFieldContainer[TaskStatus]
-    def __init__(self, tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
     __slots__ = ("spec", "state", "rounds_done", "model_version", "reason", "created_at")
@@ -80,18 +88,24 @@ class TaskStatus(_message.Message):
     def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., rounds_done: _Optional[int] = ..., model_version: _Optional[int] = ..., reason: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class GetTaskRequest(_message.Message):
-    __slots__ = ("task_id",)
+    __slots__ = ("task_id", "page_size", "page_token")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     task_id: str
-    def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+    page_size: int
+    page_token: str
+    def __init__(self, task_id: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class GetTaskResponse(_message.Message):
-    __slots__ = ("task", "rounds")
+    __slots__ = ("task", "rounds", "next_page_token")
     TASK_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     task: TaskStatus
     rounds: _containers.RepeatedCompositeFieldContainer[RoundRecord]
-    def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class RoundRecord(_message.Message):
     __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at")
@@ -152,3 +166,25 @@ class GetSumsResponse(_message.Message):
     data: bytes
     contributors: int
     def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ...) -> None: ...
+
+class ExportAuditRequest(_message.Message):
+    __slots__ = ("after_sequence",)
+    AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    after_sequence: int
+    def __init__(self, after_sequence: _Optional[int] = ...) -> None: ...
+
+class ExportAuditResponse(_message.Message):
+    __slots__ = ("sequence", "time", "event", "details", "previous", "hash")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    time: str
+    event: str
+    details: str
+    previous: bytes
+    hash: bytes
+    def __init__(self, sequence: _Optional[int] = ..., time: _Optional[str] = ..., event: _Optional[str] = ..., details: _Optional[str] = ..., previous: _Optional[bytes] = ..., hash: _Optional[bytes] = ...) -> None: ...

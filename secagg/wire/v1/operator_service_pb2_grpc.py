@@ -60,6 +60,11 @@ class OperatorServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsResponse.FromString,
                 _registered_method=True)
+        self.ExportAudit = channel.unary_stream(
+                '/secagg.wire.v1.OperatorService/ExportAudit',
+                request_serializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -76,14 +81,14 @@ class OperatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListTasks(self, request, context):
-        """All tasks, oldest first.
+        """Tasks, oldest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """One task with its rounds. INVALID_ARGUMENT for an unknown one.
+        """One task with its rounds, in pages. INVALID_ARGUMENT for an unknown one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +103,13 @@ class OperatorServiceServicer(object):
 
     def GetSums(self, request, context):
         """The exact sums of a finished round, in pieces. FAILED_PRECONDITION while there are none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportAudit(self, request, context):
+        """The audit log, from an entry on. Each entry holds the hash of the one before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +142,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetSums,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsResponse.SerializeToString,
+            ),
+            'ExportAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportAudit,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +285,33 @@ class OperatorService(object):
             '/secagg.wire.v1.OperatorService/GetSums',
             secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_operator__service__pb2.GetSumsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/secagg.wire.v1.OperatorService/ExportAudit',
+            secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_operator__service__pb2.ExportAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

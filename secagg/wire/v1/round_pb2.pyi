@@ -16,6 +16,7 @@ class RoundState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUND_STATE_RELEASING: _ClassVar[RoundState]
     ROUND_STATE_DONE: _ClassVar[RoundState]
     ROUND_STATE_ABORTED: _ClassVar[RoundState]
+    ROUND_STATE_AUDITING: _ClassVar[RoundState]
 
 class UploadState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +38,7 @@ ROUND_STATE_SUMMING: RoundState
 ROUND_STATE_RELEASING: RoundState
 ROUND_STATE_DONE: RoundState
 ROUND_STATE_ABORTED: RoundState
+ROUND_STATE_AUDITING: RoundState
 UPLOAD_STATE_UNSPECIFIED: UploadState
 UPLOAD_STATE_RECEIVING: UploadState
 UPLOAD_STATE_ACCEPTED: UploadState

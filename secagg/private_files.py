@@ -1,0 +1,81 @@
+"""Files for their owner alone: written whole or not at all, and on disk before a call returns."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["locked", "make_folder", "remove_drafts", "write"]
+
+_DRAFT = ".draft"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a file in place in one step, mode 0600; missing folders are made.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    make_folder(path.parent)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=".", suffix=_DRAFT, delete=False
+    ) as file:
+        draft = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            draft.replace(path)
+            _flush(path.parent)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of mode 0700, and those above it, unless they are there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(mode=0o700)
+        _flush(folder.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a killed program was about to write here or below; it may hold secrets.
+
+    Raises:
+        OSError: a draft cannot be removed.
+    """
+    for draft in folder.rglob(f".*{_DRAFT}"):
+        draft.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other programs that lock this folder waiting.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
