@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from secagg.errors import InputError
 
 __all__ = ["read_npz"]
+
+# A flipped bit in its flags makes an archive look encrypted, or of an unknown kind.
+_DAMAGED = (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(file: Path) -> dict[str, NDArray[Any]]:
@@ -25,5 +29,5 @@ def read_npz(file: Path) -> dict[str, NDArray[Any]]:
         # From memory, because numpy leaves the file open when it is not an archive.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise InputError(f"expected an .npz file of arrays; {file}: {error}") from None

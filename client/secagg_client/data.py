@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -486,7 +487,7 @@ def _member(wheel: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(f"{_WHEEL_FOLDER}/{name}")
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"expected {name} in {wheel.name}, got {error}; clear pip's cache and fetch again"
         ) from error

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,17 @@ ITEM_BIAS: Final = "item_bias"
 SharedTensors = dict[str, npt.NDArray[np.float32]]
 """The shared half of the model, by tensor name; nothing about any user."""
 
+# What reading a damaged archive raises, a flipped bit in its flags included.
+_DAMAGED: Final = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _INIT_STD: Final = 0.1
 _NEWTON_STEPS: Final = 50
 _NEWTON_TOLERANCE: Final = 1e-9
@@ -231,7 +243,7 @@ class Silo:
             # Without pickle, so that a state file can never run code.
             with np.load(io.BytesIO(state), allow_pickle=False) as saved:
                 silo, users, vectors = saved["silo"], saved["users"], saved["vectors"]
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise DataError(f"expected a saved silo state, got {error}; {advice}") from error
         if silo.shape != () or int(silo) != self.index or not np.array_equal(users, self._users):
             raise DataError(

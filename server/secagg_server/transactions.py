@@ -56,9 +56,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._readers: sessionmaker[Session] = sessionmaker(
-            self.engine.execution_options(postgresql_readonly=True), expire_on_commit=False
-        )
+        self._readers: sessionmaker[Session] = sessionmaker(self.engine, expire_on_commit=False)
         self._writers: sessionmaker[Session] = sessionmaker(
             self.engine.execution_options(**{_WRITES: True}), expire_on_commit=False
         )

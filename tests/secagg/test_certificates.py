@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 from warnings import catch_warnings, simplefilter
 
 import pytest
@@ -348,14 +349,14 @@ def test_a_damaged_certificate_never_passes_as_a_kit(tmp_path: Path) -> None:
             Kit.load(tmp_path, now=NOW)
 
 
-@pytest.mark.filterwarnings("default:Parsed a serial number")
-@pytest.mark.parametrize("warnings", ["default", "error"])
-def test_a_serial_number_below_one_is_refused(warnings: str) -> None:
-    position = DER.index(bytes([0x02, 0x14])) + 2
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_serial_number_below_one_is_refused(action: Literal["ignore", "error"]) -> None:
+    position = DER.index(b"\x02\x14") + 2
     negative = DER[:position] + b"\xff" + DER[position + 1 :]
-    with catch_warnings(), pytest.raises(CertificateError, match="got 0 that can be read"):
-        simplefilter(warnings)  # type: ignore[arg-type]
-        identity_of(_pem(negative))
+    with catch_warnings():
+        simplefilter(action)
+        with pytest.raises(CertificateError, match="got 0 that can be read"):
+            identity_of(_pem(negative))
 
 
 def _or_refused(read: Callable[[bytes], object], pem: bytes) -> None:

@@ -128,7 +128,7 @@ def test_seals_decryptor_opens_an_upload_with_the_one_time_key(
     monkeypatch.setattr("secagg.encryptor.fresh_seed", spy)
     values = np.arange(40_000) % 101 - 50
     upload = raw_upload(holder.context, [values])
-    (seed,) = seeds
+    seed, _errors = seeds
     expected = pack(plan.layouts[0], values) + onetime.errors(seed, plan.blocks)
 
     decryptor = seal.Decryptor(ring.CONTEXT, secret_key(ring.to_ntt(onetime.secret(seed)[None])[0]))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,11 +263,8 @@ def test_a_list_that_was_cut_is_refused(size: int) -> None:
 def test_no_changed_byte_gives_another_list(position: int, change: int) -> None:
     damaged = bytearray(SIGNED)
     damaged[position] ^= change
-    try:
-        # White space alone may differ, and the signature may be written in another valid way.
+    with suppress(MalformedError, UntrustedKeyError):
         assert Enrolment.from_bytes(bytes(damaged), OURS.ca_pem) == LIST
-    except (MalformedError, UntrustedKeyError):
-        pass
 
 
 @given(st.binary(max_size=300))

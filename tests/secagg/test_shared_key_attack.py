@@ -161,7 +161,7 @@ def test_one_time_keys_leave_the_trick_nothing_but_the_attackers_own_key(
     assert np.count_nonzero(recovered != own) < 20
     public = holder.context.public_polynomials()
     layout = PLAN.layouts[0]
-    for seed, upload in zip(seeds, uploads, strict=True):
+    for seed, upload in zip(seeds[::2], uploads, strict=True):  # every other one is of errors
         agreeing = np.count_nonzero(recovered == onetime.secret(seed))
         assert abs(agreeing - RING_DEGREE / 3) < 8 * 31
         opened = ckks.decrypt(widen(upload.payload, 1), public, ring.to_ntt(recovered[None])[0])

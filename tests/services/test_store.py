@@ -1359,18 +1359,17 @@ def test_a_connection_that_is_cut_within_a_transaction_leaves_nothing(
 
 # --- versions -----------------------------------------------------------------------------------
 
-# As the tables were before versions were written down. What databases call bytes, and how they
-# keep one of few words, differs.
+# As the tables were before versions were written down; databases differ in the names of types.
 OLD_TABLES = """
 CREATE TABLE tasks (task_id VARCHAR NOT NULL, spec {bytes} NOT NULL,
   initial_model_digest {bytes} NOT NULL, state {taskstate} NOT NULL, reason VARCHAR NOT NULL,
-  rounds_done INTEGER NOT NULL, model_version INTEGER NOT NULL, created_at TIMESTAMP NOT NULL,
+  rounds_done INTEGER NOT NULL, model_version INTEGER NOT NULL, created_at {moment} NOT NULL,
   PRIMARY KEY (task_id));
 CREATE TABLE rounds (task_id VARCHAR NOT NULL, round_number INTEGER NOT NULL,
   attempt INTEGER NOT NULL, state {roundstate} NOT NULL, reason VARCHAR NOT NULL,
   round_key {bytes} NOT NULL, contributors INTEGER NOT NULL, sums_sha256 {bytes} NOT NULL,
-  model_version INTEGER NOT NULL, aggregate_ms DOUBLE PRECISION NOT NULL,
-  release_ms DOUBLE PRECISION NOT NULL, created_at TIMESTAMP NOT NULL, ended_at TIMESTAMP,
+  model_version INTEGER NOT NULL, aggregate_ms {number} NOT NULL,
+  release_ms {number} NOT NULL, created_at {moment} NOT NULL, ended_at {moment},
   PRIMARY KEY (task_id, round_number, attempt));
 CREATE TABLE uploads (task_id VARCHAR NOT NULL, round_number INTEGER NOT NULL,
   attempt INTEGER NOT NULL, client_key {bytes} NOT NULL, upload_digest {bytes} NOT NULL,
@@ -1387,12 +1386,16 @@ CREATE TYPE uploadstate AS ENUM ('RECEIVING', 'ACCEPTED', 'REJECTED')"""
 OLD_WORDS = {
     "sqlite": {
         "bytes": "BLOB",
+        "number": "DOUBLE",
+        "moment": "DATETIME",
         "taskstate": "VARCHAR(8)",
         "roundstate": "VARCHAR(10)",
         "uploadstate": "VARCHAR(9)",
     },
     "postgresql": {
         "bytes": "BYTEA",
+        "number": "DOUBLE PRECISION",
+        "moment": "TIMESTAMP",
         "taskstate": "taskstate",
         "roundstate": "roundstate",
         "uploadstate": "uploadstate",

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 
-__all__ = ["FakeTime", "ManualClock"]
+__all__ = ["EPOCH", "FakeTime", "ManualClock"]
+
+EPOCH = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
 
 
 class ManualClock:
     """Implements the server's `Clock`; moves only by :meth:`advance`. For one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: datetime.datetime = EPOCH) -> None:
         self._now = 0.0
+        self._started = started
         self._timers: list[tuple[float, asyncio.Event]] = []
         self._changed = asyncio.Event()
 
     def now(self) -> float:
         """Seconds since the clock was made."""
         return self._now
+
+    def utc(self) -> datetime.datetime:
+        """The time of day: when the clock was made, and what has passed since."""
+        return self._started + datetime.timedelta(seconds=self._now)
 
     async def wait(self, event: asyncio.Event, until: float) -> None:
         """Return when the event is set or the moment has come, whichever is first."""

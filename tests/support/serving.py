@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
 
+from secagg.certificates import Kit
 from secagg.rpc import channels
 
 __all__ = ["LoopThread", "loop_thread", "serving", "soon"]
@@ -52,13 +53,18 @@ def loop_thread() -> Iterator[LoopThread]:
 
 
 @contextlib.contextmanager
-def serving(thread: LoopThread, add: AddServices) -> Iterator[str]:
-    """A server with these services; its address."""
+def serving(
+    thread: LoopThread,
+    add: AddServices,
+    kit: Kit | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> Iterator[str]:
+    """A server with these services, plaintext without a kit; its address."""
 
     async def start() -> tuple[grpc.aio.Server, str]:
-        server = channels.server()
+        server = channels.server(interceptors)
         add(server)
-        address = channels.add_listener(server, "127.0.0.1:0")
+        address = channels.add_listener(server, "127.0.0.1:0", kit)
         await server.start()
         return server, address
 
