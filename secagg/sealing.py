@@ -2,7 +2,7 @@
 
 The key encapsulation is the hybrid ML-KEM-768 + X25519 ("X-Wing"): whoever records traffic today
 must break both to open a seed, so that the seal is not weaker than the lattice cipher it carries
-the keys of. Sealing authenticates nobody; `receipts` does. The repr of a private key never shows it.
+the keys of. Sealing authenticates nobody; `receipts` does. A private key's repr never shows it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from __future__ import annotations
 import socket
 import ssl
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
+
+from cryptography import x509
 
 from secagg.certificates import Kit, Role, identity_of
 from secagg.errors import (
@@ -74,7 +77,7 @@ def _shaken(
                 return _wrong_role()
             # A server that does not take our certificate closes the connection without a word.
             if tls.recv(1) == b"":
-                return _refused()
+                return _refused(kit)
     except ssl.SSLCertVerificationError as error:
         return _of_certificate(error)
     except ssl.SSLError as error:
@@ -82,13 +85,25 @@ def _shaken(
             return PlaintextError(
                 "expected a server that speaks TLS; this one speaks plaintext; give it a kit too"
             )
-        return _refused()
+        return _refused(kit)
     except ConnectionResetError:
-        return _refused()
+        return _refused(kit)
     return None
 
 
-def _refused() -> IdentityError:
+def _refused(kit: Kit) -> IdentityError:
+    """A server does not say what it has against our certificate, but we may see it ourselves."""
+    own, now = x509.load_pem_x509_certificate(kit.certificate), datetime.now(UTC)
+    if now > own.not_valid_after_utc:
+        return ExpiredCertificateError(
+            "expected the server to take this certificate; its time is over; have the authority "
+            "rotate it"
+        )
+    if now < own.not_valid_before_utc:
+        return EarlyCertificateError(
+            "expected the server to take this certificate; its time has not come; check this "
+            "machine's clock"
+        )
     return UntrustedCertificateError(
         "expected the server to take this certificate; it ended the connection when it saw it; "
         "its authority is probably another one: use kits of one federation"

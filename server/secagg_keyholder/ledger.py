@@ -624,7 +624,7 @@ class Ledger:
         return [Entry(*row) for row in rows]
 
     def _append(self, event: str, **details: Detail) -> None:
-        rows = self._rows(_ENTRIES + "ORDER BY sequence DESC LIMIT 1")
+        rows = self._db.execute(_ENTRIES + "ORDER BY sequence DESC LIMIT 1").fetchall()
         last = Entry(*rows[0]) if rows else None
         entry = next_entry(last, event, details, datetime.now(UTC))
         self._db.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)", astuple(entry))

@@ -90,9 +90,10 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
         "listen": channels.add_listener(public, settings.listen, opened.kit),
         "admin_listen": channels.add_listener(admin, settings.admin_listen, opened.kit),
     }
+    # First, so that no client that comes back finds its round not open yet: to it that is final.
+    coordinator.resume()
     await public.start()
     await admin.start()
-    coordinator.resume()
     tidy = asyncio.create_task(keep_tidy(store, blobs, clock, settings.retain_days))
     _LOG.info("listening", **addresses)
     if settings.ready_file:

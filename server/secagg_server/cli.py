@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 
 from secagg import logs
 from secagg.archive import read_npz
-from secagg.audit import to_line
+from secagg.audit import export
 from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_table, version
 from secagg.context import rotation_string
 from secagg.errors import InputError
@@ -81,9 +81,7 @@ def audit_command(
     output: Annotated[Path, typer.Argument(help="file to write, for `secagg audit verify`")],
 ) -> None:
     """Download the audit log of a running server, one JSON object a line."""
-    with output.open("w", encoding="utf-8") as file:
-        for entry in settings.operator().audit():
-            file.write(to_line(entry) + "\n")
+    export(settings.operator().audit(), output)
     out.print(f"wrote {output}")
 
 

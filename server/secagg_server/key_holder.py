@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from secagg.certificates import Kit, Role
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement, read_pins
-from secagg.errors import MalformedError, SecaggError, UnavailableError
+from secagg.errors import IdentityError, MalformedError, SecaggError, UnavailableError
 from secagg.parameters import Plan
 from secagg.residues import narrow
 from secagg.rpc.channels import aio_channel
@@ -100,17 +100,24 @@ class KeyHolderClient:
         self._kit = kit
         self._stamp = _stamp(kit)
         self._channel = aio_channel(address, kit)
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the connection."""
+        for closing in self._closing:
+            closing.cancel()
         await self._channel.close()
 
     async def _connected(self) -> grpc.aio.Channel:
-        if self._kit is not None and _stamp(self._kit) != self._stamp:
-            self._stamp = _stamp(self._kit)
-            self._kit = Kit.load(self._kit.folder, Role.SERVER)
-            old, self._channel = self._channel, aio_channel(self._address, self._kit)
-            await old.close()
+        if self._kit is not None and (stamp := _stamp(self._kit)) != self._stamp:
+            # Between the replacement of one file and the next the kit does not fit together.
+            with contextlib.suppress(IdentityError):
+                self._kit, self._stamp = Kit.load(self._kit.folder, Role.SERVER), stamp
+                old, self._channel = self._channel, aio_channel(self._address, self._kit)
+                # Calls under way end on the connection they began on.
+                closing = asyncio.create_task(old.close(deadline_s("Release")))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
         return self._channel
 
     async def _stub(self) -> key_holder_service_pb2_grpc.KeyHolderServiceStub:
@@ -121,11 +128,15 @@ class KeyHolderClient:
 
         Raises:
             UnavailableError: it is not, or cannot be reached.
+            IdentityError: TLS refuses the connection; says why.
         """
         stub = health_pb2_grpc.HealthStub(await self._connected())
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
-        except grpc.RpcError:
+        except grpc.RpcError as error:
+            found = await self._translated(error)
+            if isinstance(found, IdentityError):
+                raise found from None
             raise UnavailableError("expected a key holder; it cannot be reached") from None
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
             raise UnavailableError("expected a key holder that is ready; it is not")

@@ -14,15 +14,8 @@ import tenseal.sealapi as seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from secagg import ckks, onetime, ring
-from secagg.keyholder import KeyHolder
-from secagg.packing import pack
-from secagg.parameters import MODULUS
-from secagg.planner import plan_integers
-from secagg.residues import ResidueSum, widen
-from tests.secagg.round_support import raw_upload
-from tests.secagg.seal_support import (
+from round_support import raw_upload
+from seal_support import (
     canonical_embedding,
     ciphertext,
     dense,
@@ -31,6 +24,13 @@ from tests.secagg.seal_support import (
     plaintext_residues,
     secret_key,
 )
+
+from secagg import ckks, onetime, ring
+from secagg.keyholder import KeyHolder
+from secagg.packing import pack
+from secagg.parameters import MODULUS
+from secagg.planner import plan_integers
+from secagg.residues import ResidueSum, widen
 
 # Never the zero polynomial: SEAL refuses to multiply by it, and no sum of honest keys is zero.
 SPARSE = st.dictionaries(
@@ -128,8 +128,8 @@ def test_seals_decryptor_opens_an_upload_with_the_one_time_key(
     monkeypatch.setattr("secagg.encryptor.fresh_seed", spy)
     values = np.arange(40_000) % 101 - 50
     upload = raw_upload(holder.context, [values])
-    seed, _errors = seeds
-    expected = pack(plan.layouts[0], values) + onetime.errors(seed, plan.blocks)
+    seed, noise = seeds
+    expected = pack(plan.layouts[0], values) + onetime.errors(noise, plan.blocks)
 
     decryptor = seal.Decryptor(ring.CONTEXT, secret_key(ring.to_ntt(onetime.secret(seed)[None])[0]))
     public = holder.context.public_polynomials()

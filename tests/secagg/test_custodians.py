@@ -64,6 +64,9 @@ def test_shares_of_another_passphrase_are_noticed() -> None:
             combine([*SHARES[:2], foreign])
         with pytest.raises(ConfigurationError, match="different ones"):
             combine([*SHARES, foreign])
+        # Not "bring 1 more": a third share would not help.
+        with pytest.raises(ConfigurationError, match="different ones"):
+            combine([SHARES[0], foreign])
 
 
 def test_a_forged_share_is_noticed() -> None:

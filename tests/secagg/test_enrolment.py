@@ -409,6 +409,14 @@ def test_a_revocation_is_in_force_at_once(path: Path) -> None:
     assert file.problem is None
 
 
+def test_a_file_of_the_same_size_is_read_as_well(path: Path) -> None:
+    size = len(SIGNED) + 64
+    put(path, SIGNED.ljust(size))
+    file = EnrolmentFile(path, OURS.ca_pem)
+    put(path, replace(LIST, serial=8).to_bytes(OURS.key).ljust(size))
+    assert file.current().serial == 8
+
+
 def test_an_unchanged_file_is_not_parsed_again(path: Path) -> None:
     file = EnrolmentFile(path, OURS.ca_pem)
     assert file.current() is file.current()

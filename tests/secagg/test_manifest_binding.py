@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from round_support import raw_upload, resigned
 
 from secagg import encryptor, ring
 from secagg.aggregator import Aggregate, Aggregator
@@ -39,7 +40,6 @@ from secagg.residues import ResidueSum, narrow, widen
 from secagg.sampling import Stream
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
-from tests.secagg.round_support import raw_upload, resigned
 
 SIZE = 200
 PLAN = plan_integers(SIZE, max_clients=8, max_abs=100, min_clients=3)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from seal_support import dense, evaluations, negacyclic
 
 from secagg import ring
 from secagg.parameters import MODULUS
-from tests.secagg.seal_support import dense, evaluations, negacyclic
 
 HALF = (MODULUS - 1) // 2
 SIZES = [1, 2, 14, 15, 16, 30, 31]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from round_support import exact_sums, raw_upload, run_round
 
 from secagg import ckks, onetime, ring
 from secagg.aggregator import Aggregator
@@ -23,7 +24,6 @@ from secagg.quantize import quantize
 from secagg.release import sums_sha256
 from secagg.residues import widen
 from secagg.sampling import Stream
-from tests.secagg.round_support import exact_sums, raw_upload, run_round
 
 
 def random_parts(plan: Plan, clients: int, seed: int) -> list[list[NDArray[np.int64]]]:

@@ -298,6 +298,14 @@ def test_uploads_of_other_rounds_count_for_nothing(ledger: Ledger) -> None:
     assert len(ledger.admissions(second)) == 1
 
 
+def test_the_seal_of_a_refused_upload_is_not_kept(path: Path, ledger: Ledger) -> None:
+    name = opened(ledger)
+    ledger.record_verdict(name, SEAL, upload(1), "client", "INVALID_RECEIPT")
+    assert ledger.admissions(name) == []
+    ledger.close()
+    assert SEAL not in path.read_bytes()
+
+
 def test_an_ended_round_takes_no_uploads(ledger: Ledger) -> None:
     closed = opened(ledger)
     admitted(ledger, closed)

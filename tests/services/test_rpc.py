@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import federations
 import grpc
 import grpc.aio
 import pytest
 import structlog
-from clocks import FakeTime
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from rpc_errors import AnyError, tree
 from serving import LoopThread, loop_thread, serving
 
 from secagg.errors import (
@@ -23,22 +22,17 @@ from secagg.errors import (
     ConfigurationError,
     MalformedError,
     NotReadyError,
+    OverloadedError,
     PlanError,
     SecaggError,
     UnavailableError,
     by_reason,
 )
 from secagg.rpc import channels
-from secagg.rpc.retry import RetryPolicy
-from secagg.rpc.status import DOMAIN, from_rpc_error, retry_delay_s, to_status, translated
-from secagg.wire.codec import MAX_MESSAGE_BYTES
+from secagg.rpc.status import DOMAIN, from_rpc_error, retry_delay_s, translated
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc as aggregation
 from secagg.wire.v1 import operator_service_pb2, operator_service_pb2_grpc
-
-
-def tree(root: type[SecaggError] = SecaggError) -> list[type[SecaggError]]:
-    return [root, *(found for child in root.__subclasses__() for found in tree(child))]
 
 
 class Raising(aggregation.AggregationServiceServicer):
@@ -92,7 +86,7 @@ def connection(
         aggregation.add_AggregationServiceServicer_to_server(servicers[0], server)
         operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(servicers[1], server)
 
-    with serving(thread, add) as address, channels.channel(address) as channel:
+    with serving(thread, add) as address, channels.channel(address, None) as channel:
         yield channel
 
 
@@ -149,11 +143,12 @@ def test_every_reason_names_one_class() -> None:
 
 
 @pytest.mark.parametrize("kind", tree(), ids=lambda kind: kind.reason)
-def test_only_not_ready_says_when_to_try_again(
+def test_only_what_passes_says_when_to_try_again(
     kind: type[SecaggError], raising: Raising, stub: aggregation.AggregationServiceStub
 ) -> None:
     raising.error = kind("text")
-    assert retry_delay_s(ask(stub)) == (0.2 if kind is NotReadyError else None)
+    passing = kind in (NotReadyError, OverloadedError)
+    assert retry_delay_s(ask(stub)) == (0.2 if passing else None)
 
 
 def test_the_reason_travels_in_an_error_info_of_this_project(
@@ -232,7 +227,7 @@ def test_errors_reach_asyncio_clients_as_well(thread: LoopThread, raising: Raisi
         aggregation.add_AggregationServiceServicer_to_server(raising, server)
 
     async def call(address: str) -> SecaggError:
-        async with channels.aio_channel(address) as channel:
+        async with channels.aio_channel(address, None) as channel:
             stub = aggregation.AggregationServiceStub(channel)
             try:
                 await stub.GetModel(pb.GetModelRequest(), timeout=20)
@@ -244,26 +239,6 @@ def test_errors_reach_asyncio_clients_as_well(thread: LoopThread, raising: Raisi
     with serving(thread, add) as address:
         back = thread.run(call(address))
     assert (type(back), str(back)) == (NotReadyError, "soon")
-
-
-class AnyError(grpc.RpcError):
-    """A failed call as gRPC reports it."""
-
-    def __init__(self, code: grpc.StatusCode, status: status_pb2.Status | None = None) -> None:
-        self._code = code
-        self._metadata = (
-            (("grpc-status-details-bin", status.SerializeToString()),) if status else ()
-        )
-        self._details = status.message if status else "details"
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return self._details
-
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return self._metadata
 
 
 def test_an_error_info_of_another_domain_is_not_taken_for_ours() -> None:
@@ -301,7 +276,7 @@ def test_garbage_for_a_status_is_an_error_of_ours(garbage: bytes) -> None:
 
 
 def test_nobody_listening_is_unavailable(free_address: str) -> None:
-    with channels.channel(free_address) as channel:
+    with channels.channel(free_address, None) as channel:
         rpc_error = ask(aggregation.AggregationServiceStub(channel))
     assert type(from_rpc_error(rpc_error)) is UnavailableError
 
@@ -313,156 +288,6 @@ def free_address(thread: LoopThread) -> str:
         return address
 
 
-# --- retries ----------------------------------------------------------------------------------
-
-
-def failed(kind: type[SecaggError]) -> AnyError:
-    status = to_status(kind("text"))
-    return AnyError(grpc.StatusCode[kind.status], status)
-
-
-def not_ready(delay: Duration) -> AnyError:
-    status = status_pb2.Status(code=code_pb2.UNAVAILABLE, message="text")
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NOT_READY", domain=DOMAIN))
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    return AnyError(grpc.StatusCode.UNAVAILABLE, status)
-
-
-class Script:
-    """Fails as told, then answers; every call takes some fake time."""
-
-    def __init__(self, time: FakeTime, *errors: grpc.RpcError, seconds: float = 0.0) -> None:
-        self.calls = 0
-        self._time, self._errors, self._seconds = time, list(errors), seconds
-
-    def __call__(self) -> str:
-        self.calls += 1
-        self._time.now += self._seconds
-        if self._errors:
-            raise self._errors.pop(0)
-        return "answer"
-
-
-def policy(time: FakeTime, **changes: float) -> RetryPolicy:
-    return RetryPolicy(sleep=time.sleep, clock=time.clock, **changes)
-
-
-def steady(monkeypatch: pytest.MonkeyPatch, at: float = 0.5) -> None:
-    """Jitter at one place of its range."""
-    monkeypatch.setattr(random, "uniform", lambda low, high: low + at * (high - low))
-
-
-def test_a_call_that_succeeds_is_made_once_and_does_not_wait() -> None:
-    time = FakeTime()
-    script = Script(time)
-    assert policy(time).call(script) == "answer"
-    assert (script.calls, time.sleeps) == (1, [])
-
-
-def test_waits_double_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady(monkeypatch)
-    time = FakeTime()
-    script = Script(time, *[failed(UnavailableError)] * 7)
-    policy(time, initial_s=0.1, longest_s=1.0, total_s=60).call(script)
-    assert time.sleeps == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0])
-
-
-@pytest.mark.parametrize(("place", "factor"), [(0.0, 0.75), (1.0, 1.25)])
-def test_jitter_is_at_most_a_quarter(
-    place: float, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steady(monkeypatch, place)
-    time = FakeTime()
-    policy(time, initial_s=1.0).call(Script(time, failed(UnavailableError)))
-    assert time.sleeps == pytest.approx([factor])
-
-
-def test_jitter_spreads_the_waits() -> None:
-    time = FakeTime()
-    for _ in range(50):
-        policy(time, initial_s=1.0).call(Script(time, failed(UnavailableError)))
-    assert all(0.75 <= wait <= 1.25 for wait in time.sleeps)
-    assert len(set(time.sleeps)) > 40
-
-
-def test_an_unreachable_server_is_given_up_after_the_total() -> None:
-    time = FakeTime()
-    script = Script(time, *[failed(UnavailableError)] * 1000)
-    with pytest.raises(UnavailableError):
-        policy(time, initial_s=0.1, longest_s=5.0, total_s=60).call(script)
-    assert 60 <= time.now <= 60 + 5 * 1.25
-    assert script.calls >= 60 / (5 * 1.25)
-
-
-def test_calls_that_hang_count_towards_the_total() -> None:
-    time = FakeTime()
-    script = Script(time, *[AnyError(grpc.StatusCode.DEADLINE_EXCEEDED)] * 1000, seconds=30)
-    with pytest.raises(UnavailableError):
-        policy(time, total_s=60).call(script)
-    assert time.now <= 60 + 30 + 5 * 1.25
-
-
-@pytest.mark.parametrize(
-    "kind", [kind for kind in tree() if kind.status != "UNAVAILABLE"], ids=lambda kind: kind.reason
-)
-def test_a_permanent_error_is_raised_at_once(kind: type[SecaggError]) -> None:
-    time = FakeTime()
-    script = Script(time, failed(kind))
-    with pytest.raises(kind) as caught:
-        policy(time).call(script)
-    assert type(caught.value) is kind
-    assert (script.calls, time.sleeps) == (1, [])
-
-
-def test_not_ready_is_waited_for_beyond_the_total() -> None:
-    time = FakeTime()
-    script = Script(time, *[failed(NotReadyError)] * 2000)
-    assert policy(time, total_s=5).call(script) == "answer"
-    assert time.now > 100
-
-
-def test_the_wait_that_the_server_asks_for_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady(monkeypatch)
-    time = FakeTime()
-    policy(time).call(Script(time, not_ready(Duration(seconds=2, nanos=500_000_000))))
-    assert time.sleeps == [2.5]
-
-
-@pytest.mark.parametrize("seconds", [-5, 0])
-def test_a_wait_of_no_time_or_less_is_replaced_by_the_policys_own(
-    seconds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steady(monkeypatch)
-    time = FakeTime()
-    policy(time).call(Script(time, not_ready(Duration(seconds=seconds))))
-    assert time.sleeps == [0.1]
-
-
-def test_a_server_cannot_make_a_client_sleep_for_years() -> None:
-    time = FakeTime()
-    policy(time, longest_s=5.0).call(Script(time, not_ready(Duration(seconds=10**9))))
-    assert time.now <= 3600
-
-
-def test_being_unreachable_is_timed_from_the_last_answer() -> None:
-    time = FakeTime()
-    waiting, down = [failed(NotReadyError)] * 200, [failed(UnavailableError)] * 3
-    assert policy(time, total_s=20).call(Script(time, *waiting, *down)) == "answer"
-    assert time.now > 20
-
-
-def test_errors_of_the_callers_own_are_not_tried_again() -> None:
-    time, calls = FakeTime(), []
-
-    def wrong() -> None:
-        calls.append(1)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        policy(time).call(wrong)
-    assert len(calls) == 1
-
-
 # --- addresses --------------------------------------------------------------------------------
 
 
@@ -471,7 +296,7 @@ def test_errors_of_the_callers_own_are_not_tried_again() -> None:
     ["127.0.0.1:7400", "127.9.9.9:1", "localhost:0", "[::1]:7400", "::1:7400", "127.0.0.1:65535"],
 )
 def test_loopback_addresses_are_allowed(address: str) -> None:
-    assert channels.check_loopback(address) == address
+    assert channels.check_address(address, encrypted=False) == address
     assert channels.is_loopback(address)
 
 
@@ -504,9 +329,9 @@ def test_loopback_addresses_are_allowed(address: str) -> None:
 def test_any_other_address_is_refused_before_a_socket_is_opened(address: str) -> None:
     assert not channels.is_loopback(address)
     with pytest.raises(ConfigurationError):
-        channels.check_loopback(address)
+        channels.check_address(address, encrypted=False)
     with pytest.raises(ConfigurationError):
-        channels.channel(address)
+        channels.channel(address, None)
 
 
 @pytest.mark.parametrize(
@@ -531,12 +356,12 @@ def test_any_other_address_is_refused_before_a_socket_is_opened(address: str) ->
 )
 def test_an_address_without_a_usable_port_is_refused_with_the_form(address: str) -> None:
     with pytest.raises(ConfigurationError, match="host:port"):
-        channels.check_loopback(address)
+        channels.check_address(address, encrypted=False)
 
 
 def test_the_refusal_says_why_and_what_works() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        channels.check_loopback("192.168.1.2:7400")
+        channels.check_address("192.168.1.2:7400", encrypted=False)
     text = str(caught.value)
     assert "plaintext" in text
     assert "127.0.0.1:7400" in text
@@ -547,9 +372,9 @@ def test_listeners_and_asyncio_connections_obey_the_same_rule() -> None:
     async def attempt() -> None:
         server = channels.server()
         with pytest.raises(ConfigurationError, match="plaintext"):
-            channels.add_listener(server, "0.0.0.0:0")
+            channels.add_listener(server, "0.0.0.0:0", None)
         with pytest.raises(ConfigurationError, match="plaintext"):
-            channels.aio_channel("192.168.1.2:80")
+            channels.aio_channel("192.168.1.2:80", None)
         await server.stop(None)
 
     asyncio.run(attempt())
@@ -560,7 +385,7 @@ def test_a_port_that_is_taken_is_refused_by_its_name(thread: LoopThread) -> None
         server = channels.server()
         try:
             with pytest.raises(ConfigurationError, match=f"free port; '{address}'"):
-                channels.add_listener(server, address)
+                channels.add_listener(server, address, None)
         finally:
             await server.stop(None)
 
@@ -568,84 +393,34 @@ def test_a_port_that_is_taken_is_refused_by_its_name(thread: LoopThread) -> None
         thread.run(attempt(address))
 
 
-# --- sizes ------------------------------------------------------------------------------------
+# --- addresses under TLS ------------------------------------------------------------------------
 
 
-def sized_chunk(size: int) -> pb.PutChunkRequest:
-    request = pb.PutChunkRequest(data=bytes(size - 8))
-    request.data = bytes(size - 8 + size - request.ByteSize())
-    assert request.ByteSize() == size
-    return request
+@pytest.mark.parametrize("address", ["192.168.1.2:7400", "server.example:7400", "0.0.0.0:7400"])
+def test_tls_may_go_anywhere(address: str) -> None:
+    assert channels.check_address(address, encrypted=True) == address
+    channels.channel(address, federations.kit(federations.shared(), "alice")).close()
 
 
-def sized_piece(size: int) -> pb.GetModelResponse:
-    answer = pb.GetModelResponse(data=bytes(size - 8))
-    answer.data = bytes(size - 8 + size - answer.ByteSize())
-    assert answer.ByteSize() == size
-    return answer
+@pytest.mark.parametrize("address", ["", "server.example", "server.example:http", "1.2.3.4:65536"])
+def test_an_address_without_a_port_is_refused_under_tls_too(address: str) -> None:
+    with pytest.raises(ConfigurationError, match="host:port"):
+        channels.check_address(address, encrypted=True)
 
 
-def wide_open(address: str) -> grpc.Channel:
-    """A client that does not keep the limit."""
-    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    return grpc.insecure_channel(address, options=options)
-
-
-def test_a_request_of_exactly_the_limit_passes(stub: aggregation.AggregationServiceStub) -> None:
-    stub.PutChunk(sized_chunk(MAX_MESSAGE_BYTES), timeout=20)
-
-
-def test_a_client_does_not_send_a_request_over_the_limit(
-    stub: aggregation.AggregationServiceStub,
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_whether_a_port_is_free_is_known_without_a_server(
+    thread: LoopThread, encrypted: bool
 ) -> None:
-    error = failure(stub.PutChunk, sized_chunk(MAX_MESSAGE_BYTES + 1))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with (
+        serving(thread, lambda _server: None) as address,
+        pytest.raises(ConfigurationError, match="free port; .* cannot be bound"),
+    ):
+        channels.check_listenable(address, encrypted=encrypted)
+    channels.check_listenable(address, encrypted=encrypted)
 
 
-def test_a_server_refuses_a_request_over_the_limit(thread: LoopThread, raising: Raising) -> None:
-    def add(server: grpc.aio.Server) -> None:
-        aggregation.add_AggregationServiceServicer_to_server(raising, server)
-
-    with serving(thread, add) as address, wide_open(address) as channel:
-        stub = aggregation.AggregationServiceStub(channel)
-        error = failure(stub.PutChunk, sized_chunk(MAX_MESSAGE_BYTES + 1))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def test_an_answer_over_the_limit_reaches_neither_kind_of_client(
-    thread: LoopThread, raising: Raising
-) -> None:
-    def add(server: grpc.aio.Server) -> None:
-        aggregation.add_AggregationServiceServicer_to_server(raising, server)
-
-    raising.answer = sized_piece(MAX_MESSAGE_BYTES + 1)
-    with serving(thread, add) as address:
-        for connect in (channels.channel, wide_open):
-            with connect(address) as channel:
-                error = ask(aggregation.AggregationServiceStub(channel))
-                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def test_a_client_refuses_an_answer_over_the_limit(thread: LoopThread, raising: Raising) -> None:
-    async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
-        aggregation.add_AggregationServiceServicer_to_server(raising, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        return server, port
-
-    raising.answer = sized_piece(MAX_MESSAGE_BYTES + 1)
-    server, port = thread.run(start())
-    try:
-        with channels.channel(f"127.0.0.1:{port}") as channel:
-            error = ask(aggregation.AggregationServiceStub(channel))
-    finally:
-        thread.run(server.stop(None))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def test_an_answer_of_exactly_the_limit_passes(
-    raising: Raising, stub: aggregation.AggregationServiceStub
-) -> None:
-    raising.answer = sized_piece(MAX_MESSAGE_BYTES)
-    assert stub.GetModel(pb.GetModelRequest(), timeout=20) == raising.answer
+def test_listening_in_plaintext_off_loopback_is_refused_before_a_socket_exists() -> None:
+    with pytest.raises(ConfigurationError, match="plaintext"):
+        channels.check_listenable("0.0.0.0:0", encrypted=False)
+    channels.check_listenable("0.0.0.0:0", encrypted=True)

@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secagg import encryptor
 from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
+from secagg.enrolment import Enrolment, Member
 from secagg.keyholder import KeyHolder
 from secagg.parameters import BLOCK_BYTES, MODULUS, FloatSegment, IntegerSegment, Plan, TensorSpec
 from secagg.planner import make_plan
@@ -24,17 +27,23 @@ from secagg.upload import Admission, Upload
 
 __all__ = [
     "ABOVE_MODULUS",
+    "ChangingRoster",
     "broken_seal",
     "chunk",
     "clear_sums",
     "contribution",
     "counts_plan",
     "encrypted",
+    "enrolment",
     "identity",
     "long_plan",
     "mixed_plan",
+    "name_of",
     "noise_upload",
+    "off_grid",
+    "out_of_range",
     "quantized",
+    "replayed",
     "round_context",
     "samples",
 ]
@@ -137,6 +146,37 @@ def noise_upload(context: RoundContext, index: int, nonce: int = 0) -> Upload:
     )
 
 
+def off_grid(context: RoundContext, index: int) -> Upload:
+    """Client i's upload with half a step on one coefficient, correctly signed and sealed."""
+    return _shifted(context, index, 1 << (context.plan.layouts[0].shift - 1))
+
+
+def out_of_range(context: RoundContext, index: int) -> Upload:
+    """Client i's upload with one value that no cohort can reach; on the grid, signed and sealed."""
+    layout = context.plan.layouts[0]
+    # In the top digit, which nothing reduces, and above what the largest cohort sums up to.
+    value = (context.plan.max_clients + 1) * layout.max_abs * layout.base ** (layout.digits - 1)
+    return _shifted(context, index, value << layout.shift)
+
+
+def _shifted(context: RoundContext, index: int, offset: int) -> Upload:
+    def errors(seed: bytes, blocks: int) -> NDArray[np.int64]:
+        drawn = encryptor_errors(seed, blocks)
+        drawn[0, 0] += offset
+        return drawn
+
+    encryptor_errors = encryptor.errors
+    with mock.patch.object(encryptor, "errors", errors):
+        return encrypted(context, index)
+
+
+def replayed(context: RoundContext, index: int, upload: Upload) -> Upload:
+    """The bytes and seal of an upload under client i's receipt for a round."""
+    name, sealed = upload.admission.receipt.upload_digest, upload.admission.sealed_seed
+    receipt = Receipt.sign(identity(index), context.id, name, sealed)
+    return replace(upload, admission=Admission(receipt, sealed))
+
+
 def broken_seal(context: RoundContext, index: int) -> Upload:
     """Client i's upload with a sealed seed that does not open, under a valid receipt."""
     upload = encrypted(context, index)
@@ -150,3 +190,50 @@ def chunk(upload: Upload, index: int) -> bytes:
     """Chunk ``index`` of an upload."""
     size = 32 * BLOCK_BYTES
     return upload.payload[index * size : (index + 1) * size]
+
+
+def name_of(index: int) -> str:
+    """Client i's name where it is enrolled."""
+    return f"client-{index}"
+
+
+def enrolment(
+    indexes: Iterable[int],
+    *,
+    revoked: Iterable[int] = (),
+    second_keys: dict[int, int] | None = None,
+) -> Enrolment:
+    """A list of these clients.
+
+    Args:
+        second_keys: whose key one of them has beside its own, as while keys are rotated.
+    """
+    gone, second = set(revoked), second_keys or {}
+    members = {}
+    for index in indexes:
+        keys = [identity(i).public for i in (index, second.get(index)) if i is not None]
+        members[name_of(index)] = Member(name_of(index), tuple(keys), index in gone)
+    return Enrolment(1, members, (bytes(32),))
+
+
+class ChangingRoster:
+    """An enrolment that tests replace while it is in use; implements `Roster`."""
+
+    def __init__(self, enrolment: Enrolment) -> None:
+        self.enrolment = enrolment
+
+    def client_of(self, signing_key: bytes) -> str:
+        """See `Roster`."""
+        return self.enrolment.client_of(signing_key)
+
+    def require(self, name: str) -> Member:
+        """See `Roster`."""
+        return self.enrolment.require(name)
+
+    def check_certificate(self, serial_number: int) -> None:
+        """See `Roster`."""
+        self.enrolment.check_certificate(serial_number)
+
+    def active(self) -> list[str]:
+        """See `Roster`."""
+        return self.enrolment.active()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
+import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,6 @@ from numpy.typing import NDArray
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment, Roster
-from secagg.errors import SecaggError
 from secagg.parameters import Plan
 from secagg.receipts import SigningKey
 from secagg.upload import Admission
@@ -56,63 +58,63 @@ class LocalKeyHolder:
         calls: names of the calls so far, in order.
         closed: contexts that were closed.
         contexts: contexts that were opened.
+        manifests: upload digests of every sum that was to be opened.
+        rounds: what it does without a server between; another one after each restart.
     """
 
     def __init__(self, roster: Roster | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="secagg-test-")
         self._roster = roster
         self.calls: list[str] = []
         self.contexts: list[RoundContext] = []
         self.closed: list[RoundContext] = []
         self.manifests: list[list[bytes]] = []
-        self._rounds = self._durable()
-        self._before: dict[str, list[SecaggError]] = defaultdict(list)
-        self._after: dict[str, list[SecaggError]] = defaultdict(list)
-
-    def _durable(self) -> Rounds:
-        return durable_rounds(Path(self._folder.name) / "state", roster=self._roster)
+        self._before: dict[str, list[BaseException]] = defaultdict(list)
+        self._after: dict[str, list[BaseException]] = defaultdict(list)
+        self.lose()
 
     def restart(self) -> None:
         """Forget what was in memory, as a restarted process does."""
-        self._rounds = self._durable()
+        self.rounds = durable_rounds(self._state, roster=self._roster, identity=self.identity)
 
     def lose(self) -> None:
         """Lose everything, as after a fire."""
-        self._folder = tempfile.TemporaryDirectory(prefix="secagg-test-")
-        self._rounds = self._durable()
+        self._state = Path(tempfile.mkdtemp(prefix="secagg-test-"))
+        weakref.finalize(self, shutil.rmtree, self._state, ignore_errors=True)
+        self.identity = SigningKey.generate()
+        self.restart()
 
-    def fail(self, call: str, error: SecaggError, times: int = 1) -> None:
+    def fail(self, call: str, error: BaseException, times: int = 1) -> None:
         """Let the next calls of this name fail without any effect."""
         self._before[call] += [error] * times
 
-    def lose_answer(self, call: str, error: SecaggError) -> None:
+    def lose_answer(self, call: str, error: BaseException) -> None:
         """Let the next call of this name take effect, and fail all the same."""
         self._after[call].append(error)
 
-    def _enter(self, call: str) -> None:
-        self.calls.append(call)
-        if self._before[call]:
-            raise self._before[call].pop(0)
-
-    def _leave(self, call: str) -> None:
-        if self._after[call]:
-            raise self._after[call].pop(0)
+    @contextlib.contextmanager
+    def _call(self, name: str) -> Iterator[None]:
+        self.calls.append(name)
+        if self._before[name]:
+            raise self._before[name].pop(0)
+        try:
+            yield
+        finally:
+            if self._after[name]:
+                raise self._after[name].pop(0)
 
     async def open_round(
         self, plan: Plan, *, task_id: str, round_number: int, attempt: int, model_digest: bytes
     ) -> tuple[RoundContext, Endorsement]:
         """See `KeyHolderStub`."""
-        self._enter("open_round")
-        opened = self._rounds.open(plan, task_id, round_number, attempt, model_digest)
-        self.contexts.append(opened[0])
-        self._leave("open_round")
+        with self._call("open_round"):
+            opened = self.rounds.open(plan, task_id, round_number, attempt, model_digest)
+            self.contexts.append(opened[0])
         return opened
 
     async def judge(self, context: RoundContext, admissions: Sequence[Admission]) -> Opened:
         """See `KeyHolderStub`."""
-        self._enter("judge")
-        reasons = self._rounds.judge(context.id, admissions)
-        self._leave("judge")
+        with self._call("judge"):
+            reasons = self.rounds.judge(context.id, admissions)
         names = [admission.receipt.upload_digest for admission in admissions]
         return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
 
@@ -120,10 +122,9 @@ class LocalKeyHolder:
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> ReleasedSums:
         """See `KeyHolderStub`."""
-        self._enter("release")
-        self.manifests.append(list(upload_digests))
-        released = self._rounds.release(context.id, upload_digests, residues)
-        self._leave("release")
+        with self._call("release"):
+            self.manifests.append(list(upload_digests))
+            released = self.rounds.release(context.id, upload_digests, residues)
         sums = sums_from_bytes(released.sums, context.plan)
         return ReleasedSums(sums, released.contributors)
 
@@ -131,13 +132,11 @@ class LocalKeyHolder:
         self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
     ) -> str:
         """See `KeyHolderStub`."""
-        self._enter("audit")
-        reason = self._rounds.audit(context.id, upload_digest, masked)
-        self._leave("audit")
-        return reason
+        with self._call("audit"):
+            return self.rounds.audit(context.id, upload_digest, masked)
 
     async def close_round(self, context: RoundContext) -> None:
         """See `KeyHolderStub`."""
-        self._enter("close_round")
-        self._rounds.close(context.id)
-        self.closed.append(context)
+        with self._call("close_round"):
+            self.rounds.close(context.id)
+            self.closed.append(context)

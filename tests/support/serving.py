@@ -9,11 +9,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
+from clocks import FakeTime
 
 from secagg.certificates import Kit
 from secagg.rpc import channels
+from secagg.rpc.retry import RetryPolicy
 
-__all__ = ["LoopThread", "loop_thread", "serving", "soon"]
+__all__ = ["LoopThread", "loop_thread", "quick_retry", "serving", "soon"]
 
 _T = TypeVar("_T")
 TIMEOUT_S = 30.0
@@ -80,3 +82,14 @@ async def soon(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON_S):
         while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0)
+
+
+def quick_retry(total_s: float = 20.0) -> RetryPolicy:
+    """Gives up on an unreachable server at once, in fake time; lets an in-process one run."""
+    time = FakeTime()
+
+    def nap(seconds: float) -> None:
+        time.sleep(seconds)
+        threading.Event().wait(0.002)
+
+    return RetryPolicy(total_s=total_s, sleep=nap, clock=time.clock)

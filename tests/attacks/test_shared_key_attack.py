@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from round_support import raw_upload
 
 from secagg import ckks, encryptor, onetime, ring
 from secagg.aggregator import Aggregate, Aggregator
@@ -26,7 +27,6 @@ from secagg.planner import plan_integers, plan_tensors
 from secagg.receipts import SigningKey
 from secagg.residues import ResidueSum, widen
 from secagg.sampling import Stream, centred_binomial, ternary, uniform_polynomials
-from tests.secagg.round_support import raw_upload
 
 Residues = NDArray[np.uint64]
 Integers = NDArray[np.int64]
