@@ -6,7 +6,6 @@ cannot enrol anybody, bring a revoked client back, or swap the key behind a name
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,22 +13,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from secagg.certificates import authority_of, is_name
+from secagg.certificates import is_name
 from secagg.errors import (
     ConfigurationError,
-    MalformedError,
     NotEnrolledError,
     RevokedError,
     SecaggError,
     UntrustedKeyError,
 )
-from secagg.transcript import encode
+from secagg.signed_json import fields, hex_bytes, items, refuse, sign, verified
 
 __all__ = [
     "MAX_BYTES",
@@ -49,7 +45,6 @@ MAX_KEYS = 2
 
 _KEY_BYTES = 32
 _VERSION = 1
-_ALGORITHM = ec.ECDSA(hashes.SHA256())
 
 
 class Roster(Protocol):
@@ -109,19 +104,19 @@ class Enrolment:
 
     def __post_init__(self) -> None:
         if not 1 <= self.serial < 1 << 63:
-            _refuse("a serial from 1 below 2**63")
+            refuse("a serial from 1 below 2**63")
         if not all(is_name(name) and name == member.name for name, member in self.members.items()):
-            _refuse("names of 1 to 64 letters, digits, '_', '.' or '-'")
+            refuse("names of 1 to 64 letters, digits, '_', '.' or '-'")
         for keys in (self.key_holder_identities, *(m.signing_keys for m in self.members.values())):
             if not 1 <= len(keys) <= MAX_KEYS or any(len(key) != _KEY_BYTES for key in keys):
-                _refuse(f"1 to {MAX_KEYS} keys of {_KEY_BYTES} bytes each")
+                refuse(f"1 to {MAX_KEYS} keys of {_KEY_BYTES} bytes each")
         counts = Counter(key for m in self.members.values() for key in m.signing_keys)
         if len(set(self.key_holder_identities)) < len(self.key_holder_identities) or any(
             count > 1 for count in counts.values()
         ):
-            _refuse("every key once")
+            refuse("every key once")
         if any(serial < 1 for serial in self.revoked_certificates):
-            _refuse("positive serial numbers of certificates")
+            refuse("positive serial numbers of certificates")
 
     @cached_property
     def _names(self) -> dict[bytes, str]:
@@ -192,8 +187,7 @@ class Enrolment:
             "key_holder_identities": [key.hex() for key in self.key_holder_identities],
             "revoked_certificates": [_hex_of(n) for n in sorted(self.revoked_certificates)],
         }
-        signature = authority_key.sign(_signed(body), _ALGORITHM)
-        return _canonical({"enrolment": body, "signature": signature.hex()}) + b"\n"
+        return sign("enrolment", body, authority_key)
 
     @classmethod
     def from_bytes(cls, data: bytes, ca_pem: bytes) -> Enrolment:
@@ -205,105 +199,36 @@ class Enrolment:
             CertificateError: ``ca_pem`` is not the certificate of an authority.
         """
         if len(data) > MAX_BYTES:
-            _refuse(f"at most {MAX_BYTES} bytes")
-        _, key = authority_of(ca_pem)
-        try:
-            document = _object(_parse(data), "enrolment", "signature")
-            key.verify(_hex(document["signature"]), _signed(document["enrolment"]), _ALGORITHM)
-        except InvalidSignature:
-            raise UntrustedKeyError(
-                "expected an enrolment signed by the authority in ca.pem; the signature does not "
-                "cover it; take enrolment.json and ca.pem from the authority again"
-            ) from None
-        except RecursionError:
-            _refuse("no more than its few levels")
-        return _from_body(document["enrolment"])
-
-
-def _from_body(value: object) -> Enrolment:
-    body = _object(
-        value, "version", "serial", "members", "key_holder_identities", "revoked_certificates"
-    )
-    if body["version"] != _VERSION:
-        _refuse(f"version {_VERSION}")
-    members = {}
-    for name, entry in _object(body["members"]).items():
-        fields = _object(entry, "signing_keys", "revoked")
-        if not isinstance(fields["revoked"], bool):
-            _refuse("true or false as revoked")
-        members[name] = Member(name, _keys(fields["signing_keys"]), fields["revoked"])
-    serial = body["serial"]
-    if not isinstance(serial, int) or isinstance(serial, bool):
-        _refuse("an integer as serial")
-    revoked = [int.from_bytes(_hex(text)) for text in _list(body["revoked_certificates"])]
-    if len(set(revoked)) < len(revoked):
-        _refuse("every revoked certificate once")
-    identities = _keys(body["key_holder_identities"])
-    return Enrolment(serial, members, identities, frozenset(revoked))
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _signed(body: object) -> bytes:
-    return encode("enrolment", _canonical(body))
-
-
-def _refuse(expected: str) -> NoReturn:
-    raise MalformedError(
-        f"expected an enrolment with {expected}; got something else; take enrolment.json from the "
-        "authority again"
-    )
-
-
-def _parse(data: bytes) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            _refuse("every field once")
-        return found
-
-    def no_float(_: str) -> NoReturn:
-        _refuse("integers only")
-
-    try:
-        return json.loads(
-            data.decode(), object_pairs_hook=unique, parse_float=no_float, parse_constant=no_float
+            refuse(f"at most {MAX_BYTES} bytes")
+        body = fields(
+            verified("enrolment", data, ca_pem),
+            *("version", "serial", "members", "key_holder_identities", "revoked_certificates"),
         )
-    except ValueError:
-        _refuse("one whole JSON document")
+        if body["version"] != _VERSION:
+            refuse(f"version {_VERSION}")
+        serial = body["serial"]
+        if not isinstance(serial, int) or isinstance(serial, bool):
+            refuse("an integer as serial")
+        members = {name: _member(name, each) for name, each in fields(body["members"]).items()}
+        revoked = [int.from_bytes(hex_bytes(text)) for text in items(body["revoked_certificates"])]
+        if len(set(revoked)) < len(revoked):
+            refuse("every revoked certificate once")
+        return cls(serial, members, _keys(body["key_holder_identities"]), frozenset(revoked))
 
 
-def _object(value: object, *fields: str) -> dict[str, object]:
-    if not isinstance(value, dict) or (fields and value.keys() != set(fields)):
-        _refuse(f"exactly the fields {', '.join(fields)}" if fields else "an object of members")
-    return value
+def _member(name: str, value: object) -> Member:
+    entry = fields(value, "signing_keys", "revoked")
+    if not isinstance(entry["revoked"], bool):
+        refuse("true or false as revoked")
+    return Member(name, _keys(entry["signing_keys"]), entry["revoked"])
 
 
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        _refuse("lists of hexadecimal strings")
-    return value
-
-
-def _hex(value: object) -> bytes:
-    # fromhex skips spaces and takes capitals: several texts for one value.
-    try:
-        data = bytes.fromhex(value) if isinstance(value, str) else None
-    except ValueError:
-        data = None
-    if data is None or data.hex() != value:
-        _refuse("lower-case hexadecimal strings")
-    return data
+def _keys(value: object) -> tuple[bytes, ...]:
+    return tuple(hex_bytes(text) for text in items(value))
 
 
 def _hex_of(serial_number: int) -> str:
     return serial_number.to_bytes((serial_number.bit_length() + 7) // 8).hex()
-
-
-def _keys(value: object) -> tuple[bytes, ...]:
-    return tuple(_hex(text) for text in _list(value))
 
 
 class OpenEnrolment:

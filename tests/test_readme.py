@@ -62,7 +62,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
@@ -79,10 +79,10 @@ def _free_addresses(count: int) -> list[str]:
 
 @pytest.mark.slow
 def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
-    match = re.search(r"```console\n(\$ secagg-keyholder run &.*?)```", README, re.DOTALL)
+    match = re.search(r"```console\n(\$ secagg provision init.*?)```", README, re.DOTALL)
     assert match, "the README has lost its services"
     commands = re.sub(r"^\$ ", "", match.group(1), flags=re.MULTILINE)
-    script = f"set -e\ntrap 'kill $(jobs -p); wait' EXIT\n{commands}"
+    script = f"set -e\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n{commands}"
     binaries = Path(sys.executable).parent
     # Ports of our own: what else runs on the machine must neither stop the test nor answer it.
     client, admin, key_holder = _free_addresses(3)
@@ -93,6 +93,7 @@ def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
         "SECAGG_SERVER_LISTEN": client,
         "SECAGG_SERVER_ADMIN_LISTEN": admin,
         "SECAGG_SERVER_KEY_HOLDER": key_holder,
+        "SECAGG_OPERATOR_ADMIN": admin,
         "SECAGG_CLIENT_SERVER": client,
     }
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """Why a connection fails, when it is TLS that refuses it: gRPC says no more than UNAVAILABLE.
 
-One more handshake, by the standard library, tells which certificate is at fault and how. It sends
+Another handshake, by the standard library, tells which certificate is at fault and how. It sends
 nothing but the handshake.
 """
 
@@ -44,11 +44,23 @@ def why_unreachable(
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    try:
-        with socket.create_connection((host, int(port)), _TIMEOUT_S) as connection:
-            return _plain(connection) if kit is None else _shaken(connection, host, kit, roles)
-    except OSError:
-        return None
+    # A service that dies in the middle of a handshake looks like one that refuses it, once.
+    for _ in range(2):
+        try:
+            with socket.create_connection((host, int(port)), _TIMEOUT_S) as connection:
+                return _plain(connection) if kit is None else _shaken(connection, host, kit, roles)
+        except _EndedError as ended:
+            refusal = ended.refusal
+        except OSError:
+            return None
+    return refusal
+
+
+class _EndedError(Exception):
+    """The other side ended the connection without a word."""
+
+    def __init__(self, refusal: IdentityError) -> None:
+        self.refusal = refusal
 
 
 def _plain(connection: socket.socket) -> IdentityError | None:
@@ -77,7 +89,7 @@ def _shaken(
                 return _wrong_role()
             # A server that does not take our certificate closes the connection without a word.
             if tls.recv(1) == b"":
-                return _refused(kit)
+                raise _EndedError(_refused(kit))
     except ssl.SSLCertVerificationError as error:
         return _of_certificate(error)
     except ssl.SSLError as error:
@@ -85,9 +97,9 @@ def _shaken(
             return PlaintextError(
                 "expected a server that speaks TLS; this one speaks plaintext; give it a kit too"
             )
-        return _refused(kit)
+        raise _EndedError(_refused(kit)) from None
     except ConnectionResetError:
-        return _refused(kit)
+        raise _EndedError(_refused(kit)) from None
     return None
 
 

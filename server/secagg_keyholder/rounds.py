@@ -196,11 +196,11 @@ class Rounds:
         """
         holder = self._require(context)
         known = self._ledger.verdicts(context)
-        reasons = []
         for admission in admissions:
-            verdict = known.get(admission.receipt.upload_digest)
-            reasons.append(self._judged(holder, admission) if verdict is None else verdict)
-        return reasons
+            name = admission.receipt.upload_digest
+            if name not in known:
+                known[name] = self._judged(holder, admission)
+        return [known[admission.receipt.upload_digest] for admission in admissions]
 
     def _judged(self, holder: KeyHolder, admission: Admission) -> str:
         client, verdict = "", ""

@@ -141,9 +141,9 @@ class Coordinator:
 
     async def _run(self, spec: TaskSpec) -> None:
         try:
-            await self._settle_interrupted(spec)
+            failure = await self._settle_interrupted(spec)
             for number in range(self._store.task(spec.task_id).rounds_done + 1, spec.rounds + 1):
-                await self._round(spec, number)
+                await self._round(spec, number, failure)
             self._store.end_task(spec.task_id, TaskState.FINISHED)
         except SecaggError as error:
             self._store.end_task(spec.task_id, TaskState.FAILED, _reason(error))
@@ -155,19 +155,25 @@ class Coordinator:
         finally:
             self._running.pop(spec.task_id, None)
 
-    async def _settle_interrupted(self, spec: TaskSpec) -> None:
-        """After a restart: go on with the attempt that it interrupted.
+    async def _settle_interrupted(self, spec: TaskSpec) -> SecaggError | None:
+        """After a restart: go on with the attempt that it interrupted; what went wrong, if any.
 
         The key holder may have released the sum just before the server died. It never opens another
         one for that round, but gives the same manifest the same answer again.
         """
+        failure = None
         for row in self._store.rounds(spec.task_id):
             if row.state not in FINAL:
-                await self._settle(row, self._attempt(spec, row))
+                failure = await self._settle(row, self._attempt(spec, row))
+        return failure
 
-    async def _round(self, spec: TaskSpec, number: int) -> None:
-        """Attempt a round until it is done or out of attempts; those before a restart count."""
-        failure: SecaggError = RoundError("expected an attempt left; a restart took the last one")
+    async def _round(self, spec: TaskSpec, number: int, failure: SecaggError | None) -> None:
+        """Attempt a round until it is done or out of attempts; those before a restart count.
+
+        Args:
+            failure: of an attempt that a restart interrupted; it may have been the last one.
+        """
+        failure = failure or RoundError("expected an attempt left; a restart took the last one")
         while self._store.attempts(spec.task_id, number) < spec.max_attempts:
             row = self._store.create_round(spec.task_id, number, self._drawn(spec))
             failpoint("round-created")
@@ -343,7 +349,8 @@ class Coordinator:
                 refused[name] = reason
         self._store.set_audited(row.key)
         _LOG.warning("noise_audit", round=row.round_number, named=len(refused))
-        if not refused:
+        # Audited before a restart: whoever was named then may be left out already.
+        if not refused and not row.audited:
             raise ReleaseError(
                 "expected the sum to open under its manifest; it does not, and the noise audit "
                 "names nobody; the round is collected again"

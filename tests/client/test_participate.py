@@ -139,6 +139,7 @@ def test_repeatable_rounding_is_refused_off_loopback(tmp_path: Path) -> None:
             "192.0.2.1:7400",
             "task",
             identity,
+            insecure=True,
             rounding=lambda _context: repeatable_rounding(0, 0, 1),
         )
 

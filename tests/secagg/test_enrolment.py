@@ -201,7 +201,7 @@ def test_a_list_that_cannot_be_is_refused_even_when_signed(
 ) -> None:
     inner = body()
     change(inner)
-    with pytest.raises(MalformedError, match="expected an enrolment with"):
+    with pytest.raises(MalformedError, match="expected a signed document with"):
         Enrolment.from_bytes(signed(inner), OURS.ca_pem)
 
 

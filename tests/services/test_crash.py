@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,10 +14,13 @@ from pathlib import Path
 import pytest
 from programs import CLIENTS, KEY_HOLDER, SERVER, Clients, Machine, exact, session, task
 
+from secagg.certificates import Kit, Role
 from secagg.errors import SecaggError
 from secagg.failpoints import NAMES
+from secagg.rpc.diagnosis import why_unreachable
 from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
+from secagg_bench.processes import provisioned
 from secagg_client.session import CurrentRound
 from secagg_server.tasks import TaskSpec
 
@@ -199,3 +204,30 @@ def test_a_client_that_dies_between_save_and_send_sends_what_it_has_saved(tmp_pa
         answer = exact(machine, ROUNDS)
         assert machine.stop() == [0, 0]
         counted_once(machine, answer)
+
+
+@pytest.mark.parametrize("after_handshake", [False, True])
+def test_a_service_that_dies_in_the_handshake_is_not_blamed_for_it(
+    after_handshake: bool, tmp_path: Path
+) -> None:
+    """A crash must not look like a refusal: a client that is refused gives up for good."""
+    kits = provisioned(tmp_path, 1)
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(kits / "server" / "certificate.pem", kits / "server" / "private.key")
+    context.load_verify_locations(kits / "server" / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def die() -> None:
+        connection, _ = listener.accept()
+        if after_handshake:
+            connection = context.wrap_socket(connection, server_side=True)
+        listener.close()
+        connection.close()
+
+    dying = threading.Thread(target=die)
+    dying.start()
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    own = Kit.load(kits / "clients" / "client-1")
+    assert why_unreachable(address, own, (Role.SERVER,)) is None
+    dying.join(10)

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import cohort
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from programs import CLIENTS, KEY_HOLDER, SERVER, Machine, exact, free_port, session, task
 
+from secagg.certificates import Kit
 from secagg.rpc.channels import channel
-from secagg.wire.codec import sums_from_bytes
 from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
-from secagg_bench.processes import Program, Services, running_services
+from secagg_bench.processes import Program
 from secagg_client.session import ClientSession, CurrentRound
 from secagg_server.operator import Operator
-from secagg_server.tasks import TaskSpec
 
-CLIENTS = range(3)
-DEADLINE_MS = 60_000
-
-
-def task(rounds: int) -> TaskSpec:
-    """Rounds close as soon as all clients have contributed."""
-    return TaskSpec("task", cohort.mixed_plan(), rounds, DEADLINE_MS, 5, len(CLIENTS))
+DONE = round_pb2.ROUND_STATE_DONE
 
 
 class Clients:
@@ -50,19 +45,10 @@ class Clients:
         return [list(rounds) for rounds in self._rounds] == [[]] * len(self._rounds)
 
 
-@contextmanager
-def clients_of(services: Services) -> Iterator[Clients]:
-    with ExitStack() as stack:
-        sessions = [
-            ClientSession(
-                services.server,
-                "task",
-                cohort.identity(index),
-                rounding=lambda context, index=index: cohort.rounding(context, index),
-            )
-            for index in CLIENTS
-        ]
-        yield Clients([stack.enter_context(session) for session in sessions])
+@contextlib.contextmanager
+def clients_of(machine: Machine) -> Iterator[Clients]:
+    with contextlib.ExitStack() as stack:
+        yield Clients([stack.enter_context(session(machine, index)) for index in CLIENTS])
 
 
 def contribute(joined: list[CurrentRound], indexes: Iterable[int] = CLIENTS) -> None:
@@ -72,178 +58,215 @@ def contribute(joined: list[CurrentRound], indexes: Iterable[int] = CLIENTS) -> 
         current.contribute(values, samples=cohort.samples(index))
 
 
-@contextmanager
-def operator_of(services: Services) -> Iterator[Operator]:
-    with closing(Operator(services.admin)) as operator:
-        yield operator
+def running(machine: Machine) -> None:
+    for name in (KEY_HOLDER, SERVER):
+        machine.start(name)
 
 
-def exact(operator: Operator, joined: list[CurrentRound]) -> None:
-    """The round's sums are those in the clear, floats and integers alike."""
-    context = joined[0].context
-    data, contributors = operator.sums("task", context.id.round_number)
-    assert contributors == len(CLIENTS)
-    found = sums_from_bytes(data, context.plan)
-    for one, other in zip(found, cohort.clear_sums(context, CLIENTS), strict=True):
-        np.testing.assert_array_equal(one, other)
+def healthy(address: str, kit: Kit | None, service: str = "") -> bool:
+    """Whether a service says that it is ready, once it has had the time to look."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    with channel(address, kit) as connection:
+        stub = health_pb2_grpc.HealthStub(connection)
+        for answer in stub.Watch(request, timeout=20, wait_for_ready=True):
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return True
+    return False
 
 
-def healthy(address: str) -> bool:
-    with channel(address) as connection:
-        answer = health_pb2_grpc.HealthStub(connection).Check(
-            health_pb2.HealthCheckRequest(), timeout=20
-        )
-    serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
-    return serving
-
-
-def logs(folder: Path) -> str:
-    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.log"))]
-    assert len(texts) == 2
-    return "".join(texts)
-
-
-def discreet(text: str) -> None:
+def discreet(machine: Machine) -> None:
     """Logs are lines of JSON that name no client and show no stack."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted(machine.folder.glob("*.log"))]
+    assert len(texts) == 2
+    text = "".join(texts)
     assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
     assert "Traceback" not in text
+    assert "client-" not in text
     for index in CLIENTS:
-        key = cohort.identity(index).public
+        key = machine.client_kit(index).identity.public
         for form in (key.hex(), base64.b64encode(key).decode(), repr(key)[2:-1]):
             assert form not in text
 
 
 def test_rounds_run_and_go_on_after_both_programs_were_stopped_and_started(tmp_path: Path) -> None:
-    with running_services(tmp_path) as services:
-        assert all(map(healthy, (services.server, services.admin, services.key_holder)))
-        with operator_of(services) as operator, clients_of(services) as clients:
+    with Machine(tmp_path) as machine:
+        running(machine)
+        kit = machine.client_kit(0).tls
+        assert all(healthy(a, kit) for a in (machine.server, machine.admin, machine.key_holder))
+        with machine.operator() as operator, clients_of(machine) as clients:
             operator.create_task(task(rounds=2))
             joined = clients.join()
             assert joined[0].number == 1
             contribute(joined)
             second = clients.join()
             assert (second[0].number, second[0].model.version) == (2, 1)
-            exact(operator, joined)
             contribute(second, [0])
-        assert [program.stop() for program in services.programs] == [0, 0]
-        assert all(program.process.returncode == 0 for program in services.programs)
+        assert machine.stop() == [0, 0]
 
-    with (
-        running_services(tmp_path) as services,
-        operator_of(services) as operator,
-        clients_of(services) as clients,
-    ):
-        joined = clients.join()
-        name = joined[0].context.id
-        assert (name.round_number, name.attempt) == (2, 2)
-        for before, after in zip(second, joined, strict=True):
-            assert before.context.id.model_digest == after.context.id.model_digest
-        contribute(joined)
-        assert clients.ended()
-        exact(operator, joined)
-        answer = operator.task("task")
-    assert answer.task.state == pb.TASK_STATE_FINISHED
-    assert (answer.task.rounds_done, answer.task.model_version) == (2, 2)
-    states = [(r.round_number, r.attempt, r.state, r.reason[:9]) for r in answer.rounds]
-    assert states == [
-        (1, 1, round_pb2.ROUND_STATE_DONE, ""),
-        (2, 1, round_pb2.ROUND_STATE_ABORTED, "RESTARTED"),
-        (2, 2, round_pb2.ROUND_STATE_DONE, ""),
-    ]
-    assert [r.contributors for r in answer.rounds] == [3, 0, 3]
-    discreet(logs(tmp_path))
+        running(machine)
+        with clients_of(machine) as clients:
+            again = clients.join()
+            # The attempt that was open goes on, and what client 0 sent then counts.
+            assert [c.context for c in again] == [c.context for c in second]
+            contribute(again, [1, 2])
+            assert clients.ended()
+        answer = exact(machine, rounds=2)
+        assert machine.stop() == [0, 0]
+        states = [(r.round_number, r.attempt, r.state, r.reason) for r in answer.rounds]
+        assert states == [(1, 1, DONE, ""), (2, 1, DONE, "")]
+        discreet(machine)
 
 
-def test_a_key_holder_that_is_killed_and_started_again_costs_one_attempt(tmp_path: Path) -> None:
-    with running_services(tmp_path) as services, ExitStack() as stack:
-        operator = stack.enter_context(operator_of(services))
-        clients = stack.enter_context(clients_of(services))
-        operator.create_task(task(rounds=1))
-        joined = clients.join()
-        contribute(joined, [0, 1])
+def test_a_key_holder_that_is_killed_and_started_again_costs_nothing(tmp_path: Path) -> None:
+    with Machine(tmp_path) as machine:
+        running(machine)
+        with machine.operator() as operator, clients_of(machine) as clients:
+            operator.create_task(task(rounds=1))
+            joined = clients.join()
+            contribute(joined, [0, 1])
+            machine.kill(KEY_HOLDER)
+            machine.start(KEY_HOLDER)
+            contribute(joined, [2])
+            assert clients.ended()
+        answer = exact(machine, rounds=1)
+        assert machine.stop() == [0, 0]
+        assert [(r.round_number, r.attempt, r.state) for r in answer.rounds] == [(1, 1, DONE)]
+        discreet(machine)
 
-        first = services.programs[0]
-        first.process.send_signal(signal.SIGKILL)
-        assert first.process.wait(10) == -signal.SIGKILL
-        ready = tmp_path / "again.ready"
-        arguments = ["run", "--listen", services.key_holder, "--ready-file", str(ready)]
-        second = Program("secagg_keyholder.cli", arguments, first.log)
-        stack.callback(second.stop)
-        second.wait_for(ready.exists)
 
-        contribute(joined, [2])
-        again = clients.join()
-        assert (again[0].number, again[0].context.id.attempt) == (1, 2)
-        contribute(again)
-        assert clients.ended()
-        exact(operator, again)
-        answer = operator.task("task")
-        assert second.stop() == 0
-    assert answer.task.state == pb.TASK_STATE_FINISHED
-    first_attempt, last = answer.rounds
-    assert first_attempt.state == round_pb2.ROUND_STATE_ABORTED
-    assert first_attempt.reason.partition(":")[0] in ("ROUND_CLOSED", "UNAVAILABLE")
-    assert (last.state, last.contributors) == (round_pb2.ROUND_STATE_DONE, 3)
-    discreet(logs(tmp_path))
+def test_what_a_killed_key_holder_was_calculating_with_ends_too(tmp_path: Path) -> None:
+    with Machine(tmp_path) as machine:
+        program = machine.start(KEY_HOLDER)
+        helpers = descendants(program.process.pid)
+        assert helpers, "the key holder calculates in processes of its own"
+        machine.kill(KEY_HOLDER)
+        machine.start(SERVER).wait_for(lambda: not any(map(is_alive, helpers)))
+
+
+def descendants(pid: int) -> list[int]:
+    children: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        children += map(int, (thread / "children").read_text().split())
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# --- stopping -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_program_without_work_ends_with_0_when_told_to(
-    tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("name", [KEY_HOLDER, SERVER])
+def test_a_program_ends_with_0_when_told_to_and_leaves_nobody_behind(
+    tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
-    ready, log = tmp_path / "ready", tmp_path / "log"
-    arguments = ["run", "--listen", "127.0.0.1:0", "--ready-file", str(ready)]
-    program = Program("secagg_keyholder.cli", arguments, log)
-    try:
-        program.wait_for(ready.exists)
-        address = json.loads(ready.read_text(encoding="utf-8"))["listen"]
-        assert healthy(address)
+    with Machine(tmp_path) as machine:
+        program = machine.start(name)
+        address = machine.key_holder if name == KEY_HOLDER else machine.server
+        kit = machine.client_kit(0).tls
+        assert healthy(address, kit, "liveness")
+        helpers = descendants(program.process.pid)
         program.process.send_signal(number)
         assert program.process.wait(10) == 0
-    finally:
-        program.stop()
-    with pytest.raises(grpc.RpcError):
-        healthy(address)
-    events = [json.loads(line)["event"] for line in log.read_text("utf-8").splitlines()]
-    assert events == ["listening", "stopping"]
+        assert not any(map(is_alive, helpers))
+        with pytest.raises(grpc.RpcError), channel(address, kit) as connection:
+            health_pb2_grpc.HealthStub(connection).Check(
+                health_pb2.HealthCheckRequest(), timeout=20
+            )
+        events = [json.loads(line)["event"] for line in program.log.read_text("utf-8").splitlines()]
+    assert (events[0], events[-1]) == ("listening", "stopping")
+
+
+def in_a_namespace_of_their_own() -> list[str]:
+    """A command line in front of one that makes it process 1, as in a container."""
+    prefix = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with contextlib.suppress(OSError):
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return prefix
+    pytest.skip("this machine does not permit process namespaces (unshare --pid)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [KEY_HOLDER, SERVER])
+def test_process_1_of_a_container_ends_with_0_when_told_to(tmp_path: Path, name: str) -> None:
+    """The kernel delivers to process 1 only the signals that it handles."""
+    prefix = in_a_namespace_of_their_own()
+    with Machine(tmp_path) as machine:
+        command = [*prefix, sys.executable, "-m", *machine.command(name)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as outer:
+            ready = tmp_path / f"{name}.ready"
+            while not ready.exists():
+                assert outer.poll() is None
+            (first,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+            helpers = descendants(int(first))
+            # The namespaces' numbers, outermost first: it really is number 1 in there.
+            status = Path(f"/proc/{first}/status").read_text()
+            assert status[status.index("NSpid:") :].splitlines()[0].split()[-1] == "1"
+            signal_to(int(first), signal.SIGTERM)
+            _, errors = outer.communicate(timeout=10)
+    assert outer.returncode == 0
+    assert not any(map(is_alive, helpers))
+    assert b"Traceback" not in errors
+
+
+def signal_to(pid: int, number: signal.Signals) -> None:
+    subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
 
 
 def test_a_server_without_a_key_holder_listens_and_stops_while_it_waits(tmp_path: Path) -> None:
-    ready, log = tmp_path / "ready", tmp_path / "log"
-    arguments = ["run", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
-    arguments += ["--key-holder", "127.0.0.1:1", "--data-dir", str(tmp_path / "data")]
-    program = Program("secagg_server.cli", [*arguments, "--ready-file", str(ready)], log)
-    try:
-        program.wait_for(ready.exists)
-        addresses = json.loads(ready.read_text(encoding="utf-8"))
-        with closing(Operator(addresses["admin_listen"])) as operator:
+    with Machine(tmp_path) as machine:
+        program = machine.start(SERVER)
+        with machine.operator() as operator:
             operator.create_task(task(rounds=1))
             assert operator.task("task").task.state == pb.TASK_STATE_RUNNING
+        kit = machine.client_kit(0).tls
+        assert healthy(machine.server, kit, "liveness")
+        program.wait_for(lambda: "not_ready" in program.tail())
+        with channel(machine.server, kit) as connection:
+            answer = health_pb2_grpc.HealthStub(connection).Check(
+                health_pb2.HealthCheckRequest(), timeout=20
+            )
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert program.stop() == 0
-    finally:
-        program.stop()
-    assert "Traceback" not in log.read_text("utf-8")
+    assert "Traceback" not in program.log.read_text("utf-8")
 
 
-def test_a_port_that_is_taken_ends_a_program_with_78_and_one_line_of_ours(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    first = Program(
-        "secagg_keyholder.cli",
-        ["run", "--listen", "127.0.0.1:0", "--ready-file", str(ready)],
-        tmp_path / "first.log",
-    )
-    try:
-        first.wait_for(ready.exists)
-        taken = json.loads(ready.read_text(encoding="utf-8"))["listen"]
-        arguments = ["run", "--listen", "127.0.0.1:0", "--admin-listen", taken]
-        arguments += ["--data-dir", str(tmp_path / "data")]
-        log = tmp_path / "second.log"
-        assert Program("secagg_server.cli", arguments, log).process.wait(30) == 78
-    finally:
-        first.stop()
-    lines = log.read_text("utf-8").splitlines()
-    # gRPC's core writes a line of its own first.
-    own = [line for line in lines if "add_port.cc" not in line]
-    assert len(own) == 1
-    assert own[0].startswith("CONFIGURATION: ")
-    assert taken in own[0]
+# --- plaintext ----------------------------------------------------------------------------------
+
+
+def test_plaintext_works_on_one_machine_and_says_what_it_is(tmp_path: Path) -> None:
+    """What --insecure is for: trying things out, without any kit."""
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in ("listen", "admin", "key-holder")}
+    ready = tmp_path / "keyholder.ready"
+    arguments = ["run", "--insecure", "--listen", addresses["key-holder"]]
+    arguments += ["--state-dir", str(tmp_path / "keyholder"), "--ready-file", str(ready)]
+    key_holder = Program("secagg_keyholder.cli", arguments, tmp_path / "keyholder.log")
+    arguments = ["run", "--insecure", "--listen", addresses["listen"]]
+    arguments += ["--admin-listen", addresses["admin"], "--key-holder", addresses["key-holder"]]
+    arguments += ["--data-dir", str(tmp_path / "server"), "--ready-file", str(tmp_path / "ready")]
+    server = Program("secagg_server.cli", arguments, tmp_path / "server.log")
+    with contextlib.ExitStack() as stack:
+        stack.callback(key_holder.stop)
+        stack.callback(server.stop)
+        key_holder.wait_for(ready.exists)
+        server.wait_for((tmp_path / "ready").exists)
+        operator = stack.enter_context(contextlib.closing(Operator(addresses["admin"], None)))
+        operator.create_task(task(rounds=1))
+        sessions = [
+            stack.enter_context(
+                ClientSession(addresses["listen"], "task", cohort.identity(i), insecure=True)
+            )
+            for i in CLIENTS
+        ]
+        clients = Clients(sessions)
+        contribute(clients.join())
+        assert clients.ended()
+        assert operator.task("task").rounds[0].contributors == len(CLIENTS)
+        assert (key_holder.stop(), server.stop()) == (0, 0)
+    for program in (key_holder, server):
+        assert '"event": "insecure"' in program.log.read_text("utf-8")

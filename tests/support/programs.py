@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ TASK_ID = "task"
 DEADLINE_MS = 60_000
 _LOGS = {KEY_HOLDER: "ledger.sqlite3", SERVER: "server.sqlite3"}
 _JOIN_S = 60.0
+_POLL_S = 0.02
 
 
 def task(rounds: int, *, deadline_ms: int = DEADLINE_MS, max_attempts: int = 5) -> TaskSpec:
@@ -82,26 +84,25 @@ class Machine:
         for program in self._running.values():
             program.stop()
 
-    def _arguments(self, name: str) -> list[str]:
+    def command(self, name: str) -> list[str]:
+        """Module and command line of a program."""
+        arguments = ["--ready-file", str(self.folder / f"{name}.ready")]
+        arguments += ["--kit", str(self.kits / name)]
         if name == KEY_HOLDER:
-            passphrase = self.kits / "custodians" / "passphrase"
-            arguments = ["--listen", self.key_holder, "--passphrase-file", str(passphrase)]
-            return [*arguments, "--state-dir", str(self.folder / KEY_HOLDER)]
-        arguments = ["--listen", self.server, "--admin-listen", self.admin]
-        arguments += ["--key-holder", self.key_holder]
-        return [*arguments, "--data-dir", str(self.folder / SERVER)]
+            arguments += ["--listen", self.key_holder, "--state-dir", str(self.folder / name)]
+            arguments += ["--passphrase-file", str(self.kits / "custodians" / "passphrase")]
+        else:
+            arguments += ["--listen", self.server, "--admin-listen", self.admin]
+            arguments += ["--key-holder", self.key_holder, "--data-dir", str(self.folder / name)]
+        return [f"secagg_{name}.cli", "run", *arguments]
 
     def start(self, name: str, failpoint: str = "") -> Program:
         """Start a program, which dies when it reaches the failpoint, and wait until it listens."""
         ready, log = self.folder / f"{name}.ready", self.folder / f"{name}.log"
         ready.unlink(missing_ok=True)
-        arguments = ["run", "--ready-file", str(ready), "--kit", str(self.kits / name)]
-        program = self._running[name] = Program(
-            f"secagg_{name}.cli",
-            [*arguments, *self._arguments(name)],
-            log,
-            {"SECAGG_FAILPOINT": failpoint},
-        )
+        module, *arguments = self.command(name)
+        environment = {"SECAGG_FAILPOINT": failpoint}
+        program = self._running[name] = Program(module, arguments, log, environment)
         program.wait_for(ready.exists)
         return program
 
@@ -199,12 +200,14 @@ class Clients:
             self._failures.append(error)
 
     def finish(self) -> None:
-        """Wait until the task has ended for everybody."""
-        for thread in self._threads:
-            thread.join(_JOIN_S)
+        """Wait until the task has ended for everybody, or has failed for somebody."""
+        give_up_at = time.monotonic() + _JOIN_S
+        while any(thread.is_alive() for thread in self._threads) and not self._failures:
+            assert time.monotonic() < give_up_at, "the task does not end"
+            self._threads[0].join(_POLL_S)
+            self._threads[-1].join(_POLL_S)
         if self._failures:
             raise self._failures[0]
-        assert not any(thread.is_alive() for thread in self._threads), "the task does not end"
 
 
 def exact(machine: Machine, rounds: int) -> pb.GetTaskResponse:
