@@ -69,8 +69,14 @@ def _parameter(name: str, annotation: object) -> inspect.Parameter:
 
 def _option(name: str, field: FieldInfo) -> object:
     flag = f"--{name.replace('_', '-')}"
-    help_ = field.description or name.replace("_", " ")
+    help_ = (field.description or name.replace("_", " ")) + _default(field)
     return Annotated[_kind(field.annotation) | None, typer.Option(flag, help=help_)]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default in (None, False) or field.default_factory:
+        return ""
+    return f"; default {field.default}"
 
 
 def _kind(annotation: Any) -> Any:  # noqa: ANN401 - types are values here

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked", "make_folder", "remove_drafts", "write"]
+__all__ = ["flush", "locked", "make_folder", "remove_drafts", "write"]
 
 _DRAFT = ".draft"
 
@@ -30,7 +30,7 @@ def write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             draft.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
@@ -44,8 +44,9 @@ def make_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(mode=0o700)
-        _flush(folder.parent)
+        # Somebody else may make it at the same moment.
+        folder.mkdir(mode=0o700, exist_ok=True)
+        flush(folder.parent)
 
 
 def remove_drafts(folder: Path) -> None:
@@ -73,8 +74,9 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import fcntl
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -122,13 +123,17 @@ def check_writable(folder: Path, name: str) -> None:
         ConfigurationError: it, or the nearest folder above it that exists, is not writable.
     """
     existing = folder.absolute()
-    while not existing.exists() and existing.parent != existing:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        while not existing.exists() and existing.parent != existing:
+            existing = existing.parent
+        # Permissions say yes to an administrator even where no file can be made, as below /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError:
         raise ConfigurationError(
             f"expected a writable {name}; {str(folder)!r} is not; choose another or change its "
             "owner"
-        )
+        ) from None
 
 
 def write_private(file: Path, data: bytes) -> None:

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from secagg.context import ContextId
-from secagg.errors import ClosedError, MalformedError
-from secagg.settings import write_private
+from secagg.errors import ClosedError, ContextError, MalformedError, ReceiptError
+from secagg.private_files import write
 from secagg.upload import Upload
 from secagg.wire.codec import admission_from_wire, admission_to_wire, parse
 from secagg.wire.v1 import round_pb2
@@ -40,7 +40,7 @@ class Outbox:
         admission = admission_to_wire(upload.admission).SerializeToString()
         data = len(admission).to_bytes(_LENGTH_BYTES, "little") + admission + upload.payload
         file = self._file((context.round_number, context.attempt))
-        write_private(file, data)
+        write(file, data)
         for other in self._rounds():
             if self._file(other) != file:
                 self._file(other).unlink()
@@ -63,11 +63,10 @@ class Outbox:
             end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
             admission = admission_from_wire(parse(round_pb2.Admission, data[_LENGTH_BYTES:end]))
             upload = Upload(admission, data[end:])
-        except (OSError, MalformedError):
+            admission.receipt.verify(context, admission.sealed_seed)
+        except (OSError, MalformedError, ContextError, ReceiptError):
             raise _sits_out() from None
-        receipt = admission.receipt
-        sound = hashlib.sha256(upload.payload).digest() == receipt.upload_digest
-        if receipt.context != context or not sound:
+        if hashlib.sha256(upload.payload).digest() != admission.receipt.upload_digest:
             raise _sits_out()
         return upload
 

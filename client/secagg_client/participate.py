@@ -17,9 +17,9 @@ import structlog
 
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, DuplicateError
+from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
-from secagg.settings import write_private
 from secagg_client.config import ClientSettings
 from secagg_client.data import (
     DataError,
@@ -60,12 +60,12 @@ class StateDir:
         """The client's signing key, made at the first call."""
         path = self._root / "identity.key"
         if not path.exists():
-            write_private(path, SigningKey.generate().to_bytes())
+            write(path, SigningKey.generate().to_bytes())
         return SigningKey.from_bytes(path.read_bytes())
 
     def save_vectors(self, round_number: int, state: bytes) -> None:
         """Keep the user vectors as they are after a round, and those of the round before."""
-        write_private(self._root / f"vectors-{round_number}.npz", state)
+        write(self._root / f"vectors-{round_number}.npz", state)
         for old in self._rounds()[:-_KEPT_STATES]:
             (self._root / f"vectors-{old}.npz").unlink()
 

@@ -168,7 +168,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             reason = "REFUSED"
             raise
-        except (TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError, GeneratorExit):
             reason = "DEADLINE_OR_CANCELLED"
             raise
         finally:

@@ -10,16 +10,16 @@ from secagg.audit import client_hash, load_audit_key
 from secagg.certificates import Role
 from secagg.enrolment import EnrolmentFile
 from secagg.errors import ConfigurationError
+from secagg.private_files import write
 from secagg.rpc import channels
 from secagg.rpc.gatekeeper import Gatekeeper
 from secagg.rpc.lifecycle import (
     add_health,
-    check_ready_file,
     serve_until_stopped,
     write_ready_file,
 )
 from secagg.rpc.workers import Workers
-from secagg.settings import only_process, write_private
+from secagg.settings import only_process
 from secagg.wire.v1 import key_holder_service_pb2, key_holder_service_pb2_grpc
 from secagg_keyholder.config import KeyHolderSettings, Opened
 from secagg_keyholder.ledger import Ledger
@@ -40,7 +40,6 @@ async def run(settings: KeyHolderSettings) -> None:
         ConfigurationError, IdentityError: see `KeyHolderSettings.opened`, or the port is taken.
     """
     # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
-    check_ready_file(settings.ready_file)
     opened = settings.opened()
     channels.check_listenable(settings.listen, encrypted=opened.kit is not None)
     with only_process(settings.state_dir):
@@ -49,7 +48,7 @@ async def run(settings: KeyHolderSettings) -> None:
 
 async def _serve(settings: KeyHolderSettings, opened: Opened) -> None:
     if opened.kit is None:
-        write_private(settings.state_dir / "passphrase", opened.passphrase.encode())
+        write(settings.state_dir / "passphrase", opened.passphrase.encode())
         _LOG.warning("insecure", why="plaintext on loopback: anybody on this machine may call")
     audit_key = load_audit_key(settings.state_dir / "audit.key")
     ledger = Ledger(settings.state_dir / "ledger.sqlite3", audit_key)

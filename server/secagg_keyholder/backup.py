@@ -1,17 +1,59 @@
-"""Puts a backup of the ledger in the place of a lost one."""
+"""Copies of the ledger without its secrets, and one of them in the place of a lost ledger."""
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
-from secagg.audit import load_audit_key
-from secagg.errors import ConfigurationError
-from secagg.settings import write_private
-from secagg_keyholder.ledger import Ledger
+from secagg.errors import ConfigurationError, UnavailableError
+from secagg.private_files import write
+from secagg_keyholder.database import Database, as_error, utc_now
 
-__all__ = ["restore_ledger"]
+__all__ = ["clear_backup", "is_backup", "restore_ledger", "write_backup"]
 
 _LEDGER = "ledger.sqlite3"
+
+
+def write_backup(database: Database, target: Path) -> None:
+    """Write a consistent copy, without seals and sums, to a new file for its owner alone.
+
+    The copy knows that it is one (:func:`is_backup`). What it lacks never reaches the target's
+    disk: it is removed from a copy in memory first.
+
+    Raises:
+        ConfigurationError: the file exists, or its folder does not.
+        UnavailableError: it cannot be written; no half of it is left.
+    """
+    if target.exists() or not target.parent.is_dir():
+        raise ConfigurationError(
+            f"expected a new file in a folder that exists; got {target}; choose another name"
+        )
+    with database.transaction():
+        database.log("backup-begun")
+    with (
+        as_error(UnavailableError, target),
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
+    ):
+        database.copy_to(copy)
+        copy.execute("UPDATE rounds SET sums = NULL")
+        copy.execute("UPDATE admissions SET admission = NULL")
+        copy.execute("INSERT OR REPLACE INTO facts VALUES ('backup', ?)", (utc_now(),))
+        # Without this, what was removed would stay behind in pages that are no longer used.
+        copy.execute("VACUUM")
+        write(target, copy.serialize())
+
+
+def is_backup(database: Database) -> bool:
+    """Whether this was a backup: it may not know of the last releases."""
+    return bool(database.rows("SELECT 1 FROM facts WHERE key = 'backup'"))
+
+
+def clear_backup(database: Database) -> None:
+    """Forget that this was a backup, once what follows from it was done."""
+    with database.transaction():
+        if database.change("DELETE FROM facts WHERE key = 'backup'"):
+            database.log("restore-cleared")
 
 
 def restore_ledger(backup: Path, state_dir: Path) -> None:
@@ -32,17 +74,18 @@ def restore_ledger(backup: Path, state_dir: Path) -> None:
         raise ConfigurationError(
             f"expected a readable backup; {backup}: {error.strerror}"
         ) from None
-    write_private(target, data)
+    write(target, data)
     try:
-        ledger = Ledger(target, load_audit_key(state_dir / "audit.key"))
-        restored = ledger.restored()
-        ledger.close()
-    except ConfigurationError:
+        _check_backup(target)
+    except BaseException:
         target.unlink()
         raise
-    if not restored:
-        target.unlink()
-        raise ConfigurationError(
-            "expected a file written by `secagg-keyholder backup`; this is a ledger that was "
-            "copied some other way: it could reopen rounds that were released"
-        )
+
+
+def _check_backup(path: Path) -> None:
+    with closing(Database(path)) as database:
+        if not is_backup(database):
+            raise ConfigurationError(
+                "expected a file written by `secagg-keyholder backup`; this is a ledger that was "
+                "copied some other way: it could reopen rounds that were released"
+            )

@@ -9,14 +9,12 @@ from typing import Annotated
 import typer
 
 from secagg import logs
-from secagg.audit import load_audit_key
 from secagg.commands import exits_cleanly, out, version
 from secagg.options import with_settings
 from secagg.rpc.lifecycle import check_health
 from secagg_keyholder.app import run as run_key_holder
-from secagg_keyholder.backup import restore_ledger
+from secagg_keyholder.backup import backup_ledger, restore_ledger
 from secagg_keyholder.config import KeyHolderSettings
-from secagg_keyholder.ledger import Ledger
 
 __all__ = ["app"]
 
@@ -48,7 +46,7 @@ def run(settings: KeyHolderSettings) -> None:
 @with_settings(KeyHolderSettings)
 def check(settings: KeyHolderSettings) -> None:
     """Say what `run` would refuse, with the same message and exit code, without starting."""
-    settings.opened()
+    settings.check()
     out.print("the configuration is fine")
 
 
@@ -69,11 +67,7 @@ def backup(
     file: Annotated[Path, typer.Argument(help="file to write; must not exist")],
 ) -> None:
     """Copy what was promised into one file, while the key holder runs. No key is in it."""
-    ledger = Ledger(
-        settings.state_dir / "ledger.sqlite3", load_audit_key(settings.state_dir / "audit.key")
-    )
-    ledger.backup(file)
-    ledger.close()
+    backup_ledger(settings.state_dir, file)
     out.print(f"wrote {file}; keep the kit and its passphrase in other places")
 
 

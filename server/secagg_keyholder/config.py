@@ -15,7 +15,9 @@ from secagg.errors import ConfigurationError
 from secagg.parameters import MIN_COHORT
 from secagg.receipts import SigningKey
 from secagg.rpc.channels import check_address
+from secagg.rpc.lifecycle import check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
+from secagg_keyholder.ledger import check as check_ledger
 from secagg_keyholder.rounds import DEFAULT_ATTEMPTS, Policy
 from secagg_keyholder.vault import load_identity, unsealing_passphrase
 
@@ -78,6 +80,7 @@ class KeyHolderSettings(Settings):
             ConfigurationError: an address, folder or passphrase that cannot be used.
             IdentityError: a kit that cannot be used; says which file and why.
         """
+        check_ready_file(self.ready_file)
         one_transport(self.kit, self.insecure)
         check_address(self.listen, encrypted=self.kit is not None)
         check_writable(self.state_dir, "state_dir")
@@ -99,6 +102,15 @@ class KeyHolderSettings(Settings):
                 "would trust no round; use the identity.key and enrolment.json of one kit"
             )
         return Opened(kit, identity, passphrase, roster)
+
+    def check(self) -> None:
+        """What `opened` checks, and that the ledger is one of this version.
+
+        Raises:
+            ConfigurationError, IdentityError: see :meth:`opened`.
+        """
+        self.opened()
+        check_ledger(self.state_dir / "ledger.sqlite3")
 
 
 @dataclass(frozen=True, slots=True)

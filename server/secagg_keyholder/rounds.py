@@ -43,7 +43,7 @@ from secagg.wire.codec import (
     sums_to_bytes,
 )
 from secagg.wire.v1 import plan_pb2, round_pb2
-from secagg_keyholder.ledger import Ledger, OpenedRound
+from secagg_keyholder.ledger import Ledger, OpenedRound, Verdict
 from secagg_keyholder.vault import RoundKeys
 
 __all__ = ["Policy", "ReleasedBytes", "Rounds"]
@@ -196,23 +196,14 @@ class Rounds:
         """
         holder = self._require(context)
         known = self._ledger.verdicts(context)
+        judged: dict[bytes, Verdict] = {}
         for admission in admissions:
             name = admission.receipt.upload_digest
-            if name not in known:
-                known[name] = self._judged(holder, admission)
+            if name not in known and name not in judged:
+                judged[name] = _judged(holder, admission)
+        if judged:
+            known |= self._ledger.record_verdicts(context, judged.values())
         return [known[admission.receipt.upload_digest] for admission in admissions]
-
-    def _judged(self, holder: KeyHolder, admission: Admission) -> str:
-        client, verdict = "", ""
-        try:
-            client = holder.admit(admission)
-        except (UploadError, IdentityError) as error:
-            verdict = error.reason
-        encoded = None if verdict else admission_to_wire(admission).SerializeToString()
-        self._ledger.record_verdict(
-            holder.context.id, encoded, admission.receipt.upload_digest, client, verdict
-        )
-        return verdict
 
     def plan(self, context: ContextId) -> Plan:
         """What a round computes on, open or released.
@@ -304,6 +295,15 @@ class Rounds:
         audited = {name: bool(reason) for name, reason in self._ledger.audited(row.id).items()}
         holder.resume(row.refusals, audited)
         return holder
+
+
+def _judged(holder: KeyHolder, admission: Admission) -> Verdict:
+    name = admission.receipt.upload_digest
+    try:
+        client = holder.admit(admission)
+    except (UploadError, IdentityError) as error:
+        return Verdict(name, "", error.reason, None)
+    return Verdict(name, client, "", admission_to_wire(admission).SerializeToString())
 
 
 def _plan(row: OpenedRound) -> Plan:

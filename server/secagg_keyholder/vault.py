@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,18 +21,18 @@ from pydantic import SecretStr
 
 from secagg.errors import ConfigurationError, SecaggError, UnavailableError
 from secagg.failpoints import failpoint
+from secagg.private_files import flush, make_folder, remove_drafts, write
 from secagg.receipts import SigningKey
 from secagg.transcript import DIGEST_BYTES, encode
 from secagg.wire.codec import exact
 
-__all__ = ["RoundKeys", "flush", "load_identity", "unsealing_passphrase"]
+__all__ = ["RoundKeys", "load_identity", "unsealing_passphrase"]
 
 _MAX_SECRET_BYTES = 4096
 _ENCRYPTED_PEM = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 _SALT_BYTES = 16
 _NONCE_BYTES = 12
 _KEY_FILE = re.compile(r"([0-9a-f]{64})\.key")
-_DRAFT = ".draft"
 
 
 def unsealing_passphrase(
@@ -137,8 +136,7 @@ class RoundKeys:
         self._folder = folder
         with _as_error(ConfigurationError, folder):
             _make_private(folder)
-            for draft in folder.glob(f".*{_DRAFT}"):
-                draft.unlink()
+            remove_drafts(folder)
             salt = self._salt()
         # OWASP's setting for interactive use: 32 MiB and about 0.1 s, once a start.
         stretched = Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(passphrase.encode())
@@ -152,7 +150,7 @@ class RoundKeys:
                     f"expected the salt of the round keys in {self._folder}; it is gone, and they "
                     "do not open without it; put it back, or remove the keys to abandon the rounds"
                 )
-            _write(path, os.urandom(_SALT_BYTES))
+            write(path, os.urandom(_SALT_BYTES))
         salt = path.read_bytes()
         if len(salt) != _SALT_BYTES:
             raise ConfigurationError(
@@ -169,7 +167,7 @@ class RoundKeys:
         """
         path, nonce = self._path(round_key_id), os.urandom(_NONCE_BYTES)
         with _as_error(UnavailableError, self._folder):
-            _write(path, nonce + self._cipher.encrypt(nonce, private, _bound_to(path)))
+            write(path, nonce + self._cipher.encrypt(nonce, private, _bound_to(path)))
         failpoint("key-stored")
 
     def get(self, round_key_id: bytes) -> bytes | None:
@@ -239,9 +237,7 @@ def _as_error(kind: type[SecaggError], folder: Path) -> Iterator[None]:
 
 
 def _make_private(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, mode=0o700)
-        flush(folder.parent)
+    make_folder(folder)
     mode = folder.stat().st_mode & 0o777
     if mode & 0o077:
         raise ConfigurationError(
@@ -249,34 +245,8 @@ def _make_private(folder: Path) -> None:
         )
 
 
-def _write(path: Path, data: bytes) -> None:
-    """The whole file or none; for its owner alone."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=".", suffix=_DRAFT, delete=False
-    ) as file:
-        draft = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            draft.replace(path)
-            flush(path.parent)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-
-
 def _overwrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(os.urandom(os.fstat(file.fileno()).st_size))
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

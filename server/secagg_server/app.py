@@ -15,7 +15,6 @@ from secagg.rpc.gatekeeper import Gatekeeper
 from secagg.rpc.lifecycle import (
     Check,
     add_health,
-    check_ready_file,
     serve_until_stopped,
     write_ready_file,
 )
@@ -53,7 +52,6 @@ async def run(settings: ServerSettings) -> None:
         ConfigurationError, IdentityError: see `ServerSettings.opened`, or a port is taken.
     """
     # Before any gRPC server exists: one that never ran cannot be disposed of cleanly.
-    check_ready_file(settings.ready_file)
     opened = settings.opened()
     for address in (settings.listen, settings.admin_listen):
         channels.check_listenable(address, encrypted=opened.kit is not None)

@@ -6,12 +6,11 @@ made here from checked ids and digests, never from bytes that somebody sent.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from secagg.context import ContextId
+from secagg.private_files import write
 
 __all__ = ["BlobStore"]
 
@@ -29,7 +28,7 @@ class BlobStore:
 
     def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> None:
         """Store one checked chunk of an upload."""
-        _write(self._upload(context, upload_digest) / str(index), data)
+        write(self._upload(context, upload_digest) / str(index), data)
 
     def chunk(self, context: ContextId, upload_digest: bytes, index: int) -> bytes:
         """One chunk of an upload; FileNotFoundError when it has not been stored."""
@@ -54,7 +53,7 @@ class BlobStore:
 
     def put_model(self, task_id: str, version: int, data: bytes) -> None:
         """Store a model version."""
-        _write(self._root / "models" / task_id / f"{version}.f32", data)
+        write(self._root / "models" / task_id / f"{version}.f32", data)
 
     def model(self, task_id: str, version: int) -> bytes:
         """A model version's bytes."""
@@ -76,7 +75,7 @@ class BlobStore:
 
     def put_sums(self, task_id: str, round_number: int, data: bytes) -> None:
         """Store a round's exact sums."""
-        _write(self._root / "sums" / task_id / f"{round_number}.i64", data)
+        write(self._root / "sums" / task_id / f"{round_number}.i64", data)
 
     def sums(self, task_id: str, round_number: int) -> bytes:
         """A round's exact sums."""
@@ -88,28 +87,3 @@ class BlobStore:
 
     def _upload(self, context: ContextId, upload_digest: bytes) -> Path:
         return self._round(context) / upload_digest.hex()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        draft = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            draft.replace(path)
-            _flush_folder(path.parent)
-        except BaseException:
-            # A full disk must not fill up further with drafts.
-            draft.unlink(missing_ok=True)
-            raise
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

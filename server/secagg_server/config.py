@@ -11,9 +11,10 @@ from pydantic import Field, SecretStr
 from secagg.certificates import Kit, Role
 from secagg.endorsement import read_pins
 from secagg.enrolment import EnrolmentFile, OpenEnrolment, Roster
-from secagg.errors import ConfigurationError
+from secagg.errors import ConfigurationError, MalformedError
 from secagg.parameters import MIN_COHORT
 from secagg.rpc.channels import check_address
+from secagg.rpc.lifecycle import check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
 from secagg_server.operator import Operator
 from secagg_server.store import Store
@@ -65,6 +66,7 @@ class ServerSettings(Settings):
             ConfigurationError: an address, folder or database that cannot be used.
             IdentityError: a kit that cannot be used; says which file and why.
         """
+        check_ready_file(self.ready_file)
         one_transport(self.kit, self.insecure)
         encrypted = self.kit is not None
         for address in (self.listen, self.admin_listen, self.key_holder):
@@ -75,10 +77,10 @@ class ServerSettings(Settings):
         kit = Kit.load(self.kit, Role.SERVER)
         try:
             read_pins(kit.file("key_holder.pub").read_text(encoding="utf-8"))
-        except OSError as error:
+        except (OSError, MalformedError, UnicodeDecodeError):
             raise ConfigurationError(
-                f"expected key_holder.pub in the kit; {kit.folder}: {error.strerror}; take the "
-                "whole kit from the authority"
+                f"expected key_holder.pub in the kit; {kit.folder} has none, or a damaged one; "
+                "take the whole kit from the authority"
             ) from None
         return Opened(kit, EnrolmentFile(kit.file("enrolment.json"), kit.ca))
 

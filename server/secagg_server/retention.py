@@ -13,7 +13,7 @@ import structlog
 
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import Clock
-from secagg_server.states import FINAL, TaskState
+from secagg_server.states import RoundState, TaskState
 from secagg_server.store import Store, TaskRow
 
 __all__ = ["keep_tidy", "sweep"]
@@ -50,7 +50,8 @@ def _sweep_task(store: Store, blobs: BlobStore, task: TaskRow, before: datetime.
     if task.state is not TaskState.RUNNING:
         blobs.drop_uploads(task.task_id)
     for row in store.rounds(task.task_id):
-        if row.state in FINAL and row.ended_at and row.ended_at < before:
+        # An aborted attempt has no sums; those of its round are a later attempt's.
+        if row.state is RoundState.DONE and row.ended_at and row.ended_at < before:
             blobs.drop_sums(task.task_id, row.round_number)
             # The version that a round started from; the newest one is nobody's past.
             if 0 < row.model_version <= task.model_version:

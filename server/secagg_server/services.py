@@ -52,6 +52,7 @@ __all__ = ["AggregationService", "OperatorService"]
 
 MAX_TASKS = 200
 MAX_ROUNDS = 1000
+_LAST_SEQUENCE = (1 << 63) - 1  # that a database can number
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -331,7 +332,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request: operator_service_pb2.ExportAuditRequest, context: _Context
     ) -> AsyncIterator[operator_service_pb2.ExportAuditResponse]:
         """See the contract."""
-        after = request.after_sequence
+        after = min(request.after_sequence, _LAST_SEQUENCE)
         while entries := await asyncio.to_thread(self._store.audit, after):
             for entry in entries:
                 yield operator_service_pb2.ExportAuditResponse(

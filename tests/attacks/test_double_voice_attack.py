@@ -209,6 +209,15 @@ def test_ours_gives_one_verdict_on_the_same_bytes_whoever_brings_them(
     assert verdicts(rounds, context, *pair[::-1]) == [expected] * 2
 
 
+def test_ours_admits_one_seed_once(rounds: Rounds, context: RoundContext) -> None:
+    # Two that share a seed are one voice, even where each has signed for itself.
+    twins = [
+        upload_under(context, [values(name)], signer(name), named("shared seed"))
+        for name in ("alice", "bob")
+    ]
+    assert verdicts(rounds, context, *twins) == ["", SealError.reason]
+
+
 def test_ours_admits_no_bytes_of_an_earlier_round(rounds: Rounds, context: RoundContext) -> None:
     old = {name: upload(context, name) for name in ("alice", "bob", "victim")}
     assert verdicts(rounds, context, *old.values()) == [""] * 3

@@ -7,21 +7,41 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
+from federations import CLIENTS, Site, new_federation, shared, site
+from serving import loop_thread, quick_retry
 
-from secagg.errors import ClosedError, ConfigurationError, DuplicateError, InputError
+from secagg.errors import (
+    ClosedError,
+    ConfigurationError,
+    DuplicateError,
+    InputError,
+    NoCertificateError,
+    WrongRoleError,
+)
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError
 from secagg_client.model import init_shared
-from secagg_client.participate import StateDir, _take_part, load_silo
+from secagg_client.participate import (
+    RoundReport,
+    StateDir,
+    _take_part,
+    load_silo,
+    participate,
+)
 from secagg_client.prepare import prepare
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.serve import recommend_for
 from secagg_client.session import ClientSession, Cost
+from secagg_server.states import TaskState
 from secagg_server.tasks import read_task
 
 ITEMS = 300  # of the generated marketplace
@@ -142,6 +162,127 @@ def test_repeatable_rounding_is_refused_off_loopback(tmp_path: Path) -> None:
             insecure=True,
             rounding=lambda _context: repeatable_rounding(0, 0, 1),
         )
+
+
+# --- with a kit ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Site]:
+    """All services of a federation, with a recommender's task of one round."""
+    prepare(_settings(tmp_path), tmp_path / "work", rounds=1)
+    federation = new_federation(tmp_path / "federation")
+    with loop_thread() as thread, site(thread, tmp_path / "site", federation) as running:
+        running.create(
+            replace(read_task(tmp_path / "work" / "task.toml"), round_deadline_ms=600_000)
+        )
+        yield running
+
+
+def _joining(made: Site, tmp_path: Path, number: int) -> ClientSettings:
+    return _settings(
+        tmp_path,
+        server=made.server,
+        kit=made.federation.kit(CLIENTS[number]),
+        silo=number,
+        state_dir=tmp_path / f"state-{number}",
+    )
+
+
+def _join(settings: ClientSettings) -> tuple[int, list[RoundReport]]:
+    reports: list[RoundReport] = []
+    return participate(settings, lambda report, _: reports.append(report)), reports
+
+
+def test_silos_with_kits_take_part_until_the_task_ends(made: Site, tmp_path: Path) -> None:
+    joining = [_joining(made, tmp_path, number) for number in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for contributed, reports in threads.map(_join, joining):
+            assert contributed == 1
+            assert [report.round_number for report in reports] == [1]
+    row = made.store.task("recommender")
+    assert (row.state, row.model_version) == (TaskState.FINISHED, 1)
+    (only,) = made.store.rounds("recommender")
+    assert only.contributors == 3
+    for settings in joining:
+        names = {path.name for path in settings.state_dir.iterdir()}
+        # The signing key is the kit's; none is made here.
+        assert names == {"costs.jsonl", "upload-recommender.1.1", "vectors-1.npz"}
+        for path in settings.state_dir.iterdir():
+            assert path.name == "costs.jsonl" or stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def _crashing(self: ClientSession, method: Any, request: Any) -> Any:  # noqa: ANN401
+    if type(request).__name__ == "PutChunkRequest":
+        raise KeyboardInterrupt
+    return _CALL(self, method, request)
+
+
+_CALL = ClientSession._call
+
+
+def _crash(settings: ClientSettings) -> None:
+    """Take part, and die once the upload is announced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClientSession, "_call", _crashing)
+        with pytest.raises(KeyboardInterrupt):
+            _join(settings)
+
+
+def test_a_silo_that_crashed_sends_what_it_had_encrypted(made: Site, tmp_path: Path) -> None:
+    joining = [_joining(made, tmp_path, number) for number in range(3)]
+    _crash(joining[0])
+    kept = (joining[0].state_dir / "upload-recommender.1.1").read_bytes()
+    with ThreadPoolExecutor(3) as threads:
+        assert [contributed for contributed, _ in threads.map(_join, joining)] == [1, 1, 1]
+    assert (joining[0].state_dir / "upload-recommender.1.1").read_bytes() == kept
+
+
+def test_a_silo_that_lost_what_it_had_encrypted_sits_the_round_out(
+    made: Site, tmp_path: Path
+) -> None:
+    """Its upload is announced but not complete; another one would be a second."""
+    settings = _joining(made, tmp_path, 0)
+    _crash(settings)
+    (settings.state_dir / "upload-recommender.1.1").unlink()
+    _, silo = load_silo(settings)
+    with ClientSession(
+        made.server,
+        "recommender",
+        settings.credentials(),
+        outbox=settings.state_dir,
+        retry=quick_retry(),
+    ) as session:
+        current = next(iter(session.rounds()))
+        with structlog.testing.capture_logs() as log:
+            assert _take_part(current, silo, StateDir(settings.state_dir)) is None
+    assert [(line["event"], line["why"]) for line in log if line["log_level"] == "warning"] == [
+        ("round_missed", "DUPLICATE_UPLOAD")
+    ]
+    assert made.store.counts(("recommender", 1, 1)).accepted == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({}, ConfigurationError, "expected a kit for TLS; got none"),
+        ({"kit": "alice", "insecure": True}, ConfigurationError, "got both"),
+        ({"kit": "server"}, WrongRoleError, "kit of a client; got one of a server"),
+        ({"kit": "admin"}, WrongRoleError, "kit of a client; got one of a operator"),
+        ({"kit": "nowhere"}, NoCertificateError, "it is not there"),
+    ],
+)
+def test_a_kit_that_cannot_be_used_is_told_before_anything_is_made(
+    changes: dict[str, Any], kind: type[Exception], text: str, tmp_path: Path
+) -> None:
+    if "kit" in changes:
+        name = changes["kit"]
+        folder = tmp_path / "nowhere" if name == "nowhere" else shared().kit(name)
+        changes = changes | {"kit": folder}
+    settings = _settings(tmp_path, **changes)
+    with pytest.raises(kind, match=text):
+        participate(settings, lambda _report, _total: None)
+    assert not (tmp_path / "s" / "costs.jsonl").exists()
 
 
 def test_prepared_task_is_one_that_the_server_accepts(tmp_path: Path) -> None:

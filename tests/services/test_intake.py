@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import hashlib
 import shutil
 import threading
@@ -17,10 +18,12 @@ import cohort
 import grpc.aio
 import numpy as np
 import pytest
-from clocks import ManualClock
+from clocks import EPOCH, ManualClock
 from serving import loop_thread, serving
 
 from secagg.context import ContextId, RoundContext
+from secagg.endorsement import Endorsement
+from secagg.enrolment import OpenEnrolment
 from secagg.errors import (
     ClosedError,
     ConfigurationError,
@@ -46,8 +49,11 @@ from secagg_server.intake import Intake
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.services import AggregationService
 from secagg_server.states import RoundState, TaskState, UploadState
-from secagg_server.store import Store
+from secagg_server.store import Store, round_key
 from secagg_server.tasks import TaskSpec
+
+
+ENDORSED = Endorsement(bytes(32), bytes(64))
 
 
 @dataclass
@@ -60,20 +66,22 @@ class Desk:
     intake: Intake
     context: RoundContext
     root: Path
+    roster: cohort.ChangingRoster
+    caller: str | None = None
 
     def announce(self, upload: Upload) -> tuple[UploadState, list[int]]:
-        return self.intake.open(upload.admission)
+        return self.intake.open(upload.admission, self.caller)
 
     def put(self, upload: Upload, index: int, data: bytes | None = None) -> None:
         receipt = upload.admission.receipt
         payload = cohort.chunk(upload, index) if data is None else data
         self.intake.put_chunk(
-            receipt.context, receipt.client_key, receipt.upload_digest, index, payload
+            receipt.context, receipt.client_key, receipt.upload_digest, index, payload, self.caller
         )
 
     def commit(self, upload: Upload) -> None:
         receipt = upload.admission.receipt
-        self.intake.commit(receipt.context, receipt.client_key, receipt.upload_digest)
+        self.intake.commit(receipt.context, receipt.client_key, receipt.upload_digest, self.caller)
 
     def send(self, upload: Upload) -> None:
         _, missing = self.announce(upload)
@@ -83,6 +91,14 @@ class Desk:
 
     def accepted(self) -> int:
         return self.store.counts(("task", 1, 1)).accepted
+
+    def open_round(self, spec: TaskSpec, context: RoundContext) -> None:
+        closes_at = EPOCH + datetime.timedelta(minutes=1)
+        signed = {"identity": ENDORSED.identity, "signature": ENDORSED.signature}
+        self.store.open_round(
+            round_key(context), round_key=context.round_key, closes_at=closes_at, **signed
+        )
+        self.rounds.open(OpenRound(spec, context, ENDORSED, 0, 60.0))
 
     def close_round(self) -> None:
         self.rounds.close("task")
@@ -101,11 +117,12 @@ def desk_for(plan: Plan, folder: Path) -> Desk:
     spec = TaskSpec("task", plan, 3, 60_000, 2, plan.max_clients)
     context = cohort.round_context(plan, task_id="task")
     store.create_task(spec, bytes(32))
-    row = store.create_round("task", 1)
-    store.advance(row.key, RoundState.COLLECTING, round_key=context.round_key)
-    rounds.open(OpenRound(spec, context, 0, 60.0))
-    intake = Intake(store, blobs, rounds)
-    return Desk(store, blobs, rounds, intake, context, folder / "blobs")
+    store.create_round("task", 1)
+    roster = cohort.ChangingRoster(OpenEnrolment())
+    intake = Intake(store, blobs, rounds, roster)
+    desk = Desk(store, blobs, rounds, intake, context, folder / "blobs", roster)
+    desk.open_round(spec, context)
+    return desk
 
 
 @pytest.fixture
@@ -170,7 +187,7 @@ def test_what_was_sent_is_still_known_after_a_restart_of_the_server(
     wide_desk.put(upload, 1)
     reopened = Store(f"sqlite:///{tmp_path}/store.sqlite3")
     try:
-        again = Intake(reopened, BlobStore(wide_desk.root), wide_desk.rounds)
+        again = Intake(reopened, BlobStore(wide_desk.root), wide_desk.rounds, wide_desk.roster)
         assert again.open(upload.admission) == (UploadState.RECEIVING, [0, 2])
     finally:
         reopened.close()
@@ -341,18 +358,11 @@ def test_a_commit_again_after_the_round_closed_still_says_that_it_was_accepted(d
 # --- clients that lie about who they are --------------------------------------------------------
 
 
-def copycat(desk: Desk, upload: Upload, index: int) -> Upload:
-    """Client i's own valid receipt for the very bytes of another client."""
-    receipt, sealed = upload.admission.receipt, upload.admission.sealed_seed
-    signed = Receipt.sign(cohort.identity(index), desk.context.id, receipt.upload_digest, sealed)
-    return Upload(Admission(signed, sealed), upload.payload)
-
-
 def test_a_client_that_announces_anothers_digest_cannot_replace_its_chunks(desk: Desk) -> None:
     """One person with two identities is enough to try."""
     upload, other = (cohort.noise_upload(desk.context, 0, nonce) for nonce in (1, 2))
     desk.send(upload)
-    thief = copycat(desk, upload, 1)
+    thief = cohort.replayed(desk.context, 1, upload)
     try:
         desk.announce(thief)
         desk.put(thief, 0, other.payload)
@@ -364,7 +374,7 @@ def test_a_client_that_announces_anothers_digest_cannot_replace_its_chunks(desk:
 def test_a_client_that_announces_anothers_digest_cannot_drop_its_chunks(desk: Desk) -> None:
     upload, other = (cohort.noise_upload(desk.context, 0, nonce) for nonce in (1, 2))
     desk.send(upload)
-    thief = copycat(desk, upload, 1)
+    thief = cohort.replayed(desk.context, 1, upload)
     try:
         desk.announce(thief)
         desk.put(thief, 0, other.payload)
@@ -379,7 +389,7 @@ def test_a_client_that_announces_anothers_digest_does_not_count_without_sending(
 ) -> None:
     upload = cohort.noise_upload(desk.context, 0)
     desk.send(upload)
-    thief = copycat(desk, upload, 1)
+    thief = cohort.replayed(desk.context, 1, upload)
     with contextlib.suppress(SecaggError):
         desk.announce(thief)
         desk.commit(thief)
@@ -410,7 +420,7 @@ def test_a_forged_receipt_is_refused_and_leaves_no_trace(desk: Desk, change: str
     with pytest.raises(ReceiptError):
         desk.intake.open(admission)
     for client in (0, 1):
-        assert desk.store.upload(desk.context.id, cohort.identity(client).public) is None
+        assert desk.store.upload(desk.context.id, cohort.identity(client).public.hex()) is None
 
 
 def test_the_receipt_that_the_forgeries_change_is_good(desk: Desk) -> None:
@@ -498,7 +508,7 @@ def test_everything_is_refused_once_the_round_has_closed(desk: Desk) -> None:
 def test_an_upload_for_an_earlier_attempt_is_closed_not_foreign(desk: Desk) -> None:
     later = cohort.round_context(desk.context.plan, task_id="task", attempt=2)
     spec = desk.rounds.require(desk.context.id).spec
-    desk.rounds.open(OpenRound(spec, later, 0, 60.0))
+    desk.rounds.open(OpenRound(spec, later, ENDORSED, 0, 60.0))
     with pytest.raises(ClosedError):
         desk.announce(cohort.noise_upload(desk.context, 0))
 
@@ -602,7 +612,7 @@ def stub(desk: Desk) -> Iterator[aggregation_service_pb2_grpc.AggregationService
     with (
         loop_thread() as thread,
         serving(thread, add) as address,
-        channels.channel(address) as channel,
+        channels.channel(address, None) as channel,
     ):
         yield aggregation_service_pb2_grpc.AggregationServiceStub(channel)
 

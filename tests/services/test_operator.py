@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cohort
 import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from key_holders import LocalKeyHolder
 from serving import loop_thread, serving
 
+from secagg import audit
+from secagg.enrolment import OpenEnrolment
 from secagg.errors import (
+    AuditError,
     ClosedError,
     ConfigurationError,
     DuplicateError,
     MalformedError,
     PlanError,
 )
+from secagg.parameters import MIN_COHORT
 from secagg.rpc import channels
 from secagg.rpc.status import from_rpc_error
 from secagg.wire import codec
+from secagg.wire.v1 import aggregation_service_pb2 as aggregation
 from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import operator_service_pb2_grpc
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import SystemClock
 from secagg_server.coordinator import Coordinator
+from secagg_server.intake import Intake
 from secagg_server.operator import Operator
 from secagg_server.rounds import OpenRounds
-from secagg_server.services import OperatorService
+from secagg_server.services import AggregationService, OperatorService
+from secagg_server.states import RoundState, TaskState
 from secagg_server.store import Store
 from secagg_server.tasks import TaskSpec
 
@@ -45,6 +55,15 @@ class Office:
     stub: operator_service_pb2_grpc.OperatorServiceStub
     folder: Path
     blobs: BlobStore
+    store: Store
+    roster: cohort.ChangingRoster
+    rounds: OpenRounds
+
+    def ask(self, method: str, request: Message) -> Any:  # noqa: ANN401 - any response
+        try:
+            return getattr(self.stub, method)(request, timeout=20)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     def create(self, parts: Iterable[pb.CreateTaskRequest]) -> pb.CreateTaskResponse:
         try:
@@ -57,26 +76,32 @@ class Office:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Iterator[Office]:
+def office(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Office]:
     data = tmp_path / "a" / "b" / "data"
     blobs = BlobStore(data)
     store, clock = Store(f"sqlite:///{tmp_path}/store.sqlite3"), SystemClock()
-    coordinator = Coordinator(store, blobs, OpenRounds(clock), LocalKeyHolder(), clock)
+    roster = cohort.ChangingRoster(OpenEnrolment())
+    rounds = OpenRounds(clock)
+    coordinator = Coordinator(store, blobs, rounds, LocalKeyHolder(), clock, roster)
+    min_clients = getattr(request, "param", MIN_COHORT)
 
     def add(server: grpc.aio.Server) -> None:
-        service = OperatorService(store, blobs, coordinator)
+        service = OperatorService(store, blobs, coordinator, roster, min_clients)
         operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(service, server)
 
     with (
         loop_thread() as thread,
         serving(thread, add) as address,
-        channels.channel(address) as channel,
-        closing(Operator(address)) as operator,
+        channels.channel(address, None) as channel,
+        closing(Operator(address, None)) as operator,
     ):
         stub = operator_service_pb2_grpc.OperatorServiceStub(channel)
-        yield Office(operator, stub, tmp_path, blobs)
+        yield Office(operator, stub, tmp_path, blobs, store, roster, rounds)
         thread.run(coordinator.stop())
     store.close()
+
+
+MOMENT = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
 
 
 def task(**changes: int) -> TaskSpec:
@@ -278,3 +303,180 @@ def test_operators_hear_of_no_client(office: Office) -> None:
         for field in message.DESCRIPTOR.fields
     }
     assert not {name for name in fields if "key" in name or "client" in name}
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def paged(office: Office, method: str, field: str, request: Any) -> list[list[Any]]:  # noqa: ANN401 - of either method
+    """Every page, the last one without a token."""
+    pages = []
+    while True:
+        answer = office.ask(method, request)
+        pages.append(list(getattr(answer, field)))
+        if not answer.next_page_token:
+            return pages
+        assert len(pages[-1]) == request.page_size
+        request.page_token = answer.next_page_token
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
+def test_pages_of_tasks_are_all_of_them_once_oldest_first(office: Office, size: int) -> None:
+    names = ["b", "a", "d", "c", "e"]
+    for name in names:
+        office.store.create_task(replace(task(), task_id=name), bytes(32))
+    pages = paged(office, "ListTasks", "tasks", pb.ListTasksRequest(page_size=size))
+    assert [status.spec.task_id for page in pages for status in page] == names
+    assert all(len(page) <= size for page in pages)
+
+
+def test_the_operator_reads_every_page_of_tasks(office: Office) -> None:
+    names = [f"task-{number}" for number in range(205)]
+    for name in names:
+        office.store.create_task(replace(task(), task_id=name), bytes(32))
+    assert len(office.ask("ListTasks", pb.ListTasksRequest(page_size=1 << 31)).tasks) == 200
+    assert [status.spec.task_id for status in office.operator.tasks()] == names
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7])
+def test_pages_of_rounds_are_all_attempts_once_in_order(office: Office, size: int) -> None:
+    office.store.create_task(task(), bytes(32))
+    attempts = [(1, 1), (1, 2), (1, 3), (2, 1), (10, 1), (10, 2)]
+    for number, _ in attempts:
+        office.store.create_round("task", number)
+    pages = paged(office, "GetTask", "rounds", pb.GetTaskRequest(task_id="task", page_size=size))
+    found = [(record.round_number, record.attempt) for page in pages for record in page]
+    assert found == attempts
+    records = office.operator.task("task").rounds
+    assert [(record.round_number, record.attempt) for record in records] == attempts
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["x", "1", "1.", ".1", "1.1.1", "-1.1", "1.1 ", "１.１", "1.1\n", "9" * 40 + ".1", "\0"],
+)
+def test_a_token_that_no_page_gave_is_refused(office: Office, token: str) -> None:
+    office.store.create_task(task(), bytes(32))
+    with pytest.raises(MalformedError, match="next_page_token"):
+        office.ask("GetTask", pb.GetTaskRequest(task_id="task", page_token=token))
+    with pytest.raises(ConfigurationError):
+        office.ask("ListTasks", pb.ListTasksRequest(page_token=token))
+
+
+def test_a_token_beyond_the_end_is_an_empty_page(office: Office) -> None:
+    office.store.create_task(task(), bytes(32))
+    office.store.create_round("task", 1)
+    request = pb.GetTaskRequest(task_id="task", page_token="9" * 9 + ".9")
+    answer = office.ask("GetTask", request)
+    assert (list(answer.rounds), answer.next_page_token) == ([], "")
+
+
+# --- the server's floor ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("office", [5], indirect=True)
+@pytest.mark.parametrize("minimum", [3, 4])
+def test_a_plan_below_the_servers_floor_is_refused(office: Office, minimum: int) -> None:
+    spec = replace(task(), plan=cohort.mixed_plan(min_clients=minimum))
+    with pytest.raises(ConfigurationError, match=f"min_clients=5.*got min_clients={minimum}"):
+        office.operator.create_task(spec)
+    assert office.operator.tasks() == []
+    assert office.files() == set()
+
+
+@pytest.mark.parametrize("office", [5], indirect=True)
+def test_a_plan_at_the_servers_floor_is_created(office: Office) -> None:
+    office.operator.create_task(replace(task(), plan=cohort.mixed_plan(min_clients=5)))
+    assert len(office.operator.tasks()) == 1
+
+
+# --- the audit log --------------------------------------------------------------------------------
+
+
+def test_the_exported_log_is_the_stores_and_verifies(office: Office) -> None:
+    office.operator.create_task(task())
+    office.operator.abort_task("task")
+    found = list(office.operator.audit())
+    assert found == list(office.store.audit())
+    assert {"task-created", "task-ended"} <= {entry.event for entry in found}
+    assert audit.verify(found) == found[-1]
+    with pytest.raises(AuditError):
+        audit.verify(found[1:])
+    with pytest.raises(AuditError):
+        audit.verify([*found[:-1], replace(found[-1], event="task-forgotten")])
+
+
+def test_a_long_log_is_exported_whole(office: Office) -> None:
+    """More entries than one read of the store takes."""
+    office.store.create_task(task(), bytes(32))
+    for _ in range(1100):
+        office.store.create_round("task", 1)
+    found = list(office.operator.audit())
+    assert [entry.sequence for entry in found] == list(range(1, 1102))
+    assert audit.verify(found) == found[-1]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 5, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_the_log_is_exported_from_any_entry_on(office: Office, after: int) -> None:
+    office.store.create_task(task(), bytes(32))
+    for _ in range(3):
+        office.store.create_round("task", 1)
+    assert list(office.operator.audit(after)) == list(office.store.audit())[after:]
+
+
+# --- what is no longer kept -----------------------------------------------------------------------
+
+
+def finish(office: Office, number: int) -> None:
+    """A round that is done, as the coordinator records it."""
+    row = office.store.create_round("task", number)
+    office.store.open_round(
+        row.key, round_key=bytes(32), identity=bytes(32), signature=bytes(64), closes_at=MOMENT
+    )
+    for state in (RoundState.CHECKING, RoundState.SUMMING, RoundState.RELEASING):
+        office.store.advance(row.key, state)
+    office.store.finish_round(
+        row.key, bytes(32), 4, aggregate_ms=1.0, release_ms=1.0, has_model=True
+    )
+
+
+def test_sums_are_handed_out_until_they_are_removed(office: Office) -> None:
+    office.store.create_task(task(), bytes(32))
+    for number in (1, 2):
+        finish(office, number)
+        office.blobs.put_sums("task", number, bytes([number]) * 3_000_000)
+    assert office.operator.sums("task", 1) == (b"\1" * 3_000_000, 4)
+    office.blobs.drop_sums("task", 1)
+    with pytest.raises(ClosedError, match="have been removed"):
+        office.operator.sums("task", 1)
+    assert office.operator.sums("task", 2) == (b"\2" * 3_000_000, 4)
+    # What happened is still on record.
+    assert [record.contributors for record in office.operator.task("task").rounds] == [4, 4]
+
+
+def test_a_model_version_that_was_removed_says_so_and_the_newest_is_there(
+    office: Office,
+) -> None:
+    office.operator.create_task(task())
+    office.operator.abort_task("task")
+    assert office.store.task("task").state is TaskState.FAILED
+    finish(office, 2)
+    office.blobs.put_model("task", 1, GOOD_MODEL)
+    service = AggregationService(
+        office.store,
+        office.blobs,
+        office.rounds,
+        Intake(office.store, office.blobs, office.rounds, office.roster),
+    )
+
+    def fetch(**changes: Any) -> aggregation.GetModelResponse:  # noqa: ANN401 - fields
+        return service._model(aggregation.GetModelRequest(task_id="task", **changes))
+
+    before = fetch(version=0)
+    office.blobs.drop_model("task", 0)
+    with pytest.raises(ClosedError, match="version=0 is not; take a newer one"):
+        fetch(version=0)
+    with pytest.raises(ConfigurationError, match="up to 1"):
+        fetch(version=2)
+    newest = fetch(latest=True)
+    assert (newest.version, newest.data, before.data) == (1, GOOD_MODEL, bytes(44))

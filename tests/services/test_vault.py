@@ -363,7 +363,7 @@ def test_a_folder_that_others_can_reach_is_refused(folder: Path, mode: int) -> N
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError):
         RoundKeys(private_file(tmp_path / "file", b""), PASSPHRASE)
-    with pytest.raises(ConfigurationError, match="Not a directory"):
+    with pytest.raises(ConfigurationError, match="File exists"):
         RoundKeys(tmp_path / "file" / "keys", PASSPHRASE)
 
 

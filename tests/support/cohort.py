@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from secagg import encryptor
 from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
-from secagg.enrolment import Enrolment, Member
+from secagg.enrolment import Enrolment, Member, Roster
 from secagg.keyholder import KeyHolder
 from secagg.parameters import BLOCK_BYTES, MODULUS, FloatSegment, IntegerSegment, Plan, TensorSpec
 from secagg.planner import make_plan
@@ -147,7 +147,10 @@ def noise_upload(context: RoundContext, index: int, nonce: int = 0) -> Upload:
 
 
 def off_grid(context: RoundContext, index: int) -> Upload:
-    """Client i's upload with half a step on one coefficient, correctly signed and sealed."""
+    """Client i's upload with half a step on coefficient i, correctly signed and sealed.
+
+    One coefficient each: two halves at the same place are a whole step, which is on the grid.
+    """
     return _shifted(context, index, 1 << (context.plan.layouts[0].shift - 1))
 
 
@@ -162,7 +165,7 @@ def out_of_range(context: RoundContext, index: int) -> Upload:
 def _shifted(context: RoundContext, index: int, offset: int) -> Upload:
     def errors(seed: bytes, blocks: int) -> NDArray[np.int64]:
         drawn = encryptor_errors(seed, blocks)
-        drawn[0, 0] += offset
+        drawn[0, index] += offset
         return drawn
 
     encryptor_errors = encryptor.errors
@@ -219,7 +222,7 @@ def enrolment(
 class ChangingRoster:
     """An enrolment that tests replace while it is in use; implements `Roster`."""
 
-    def __init__(self, enrolment: Enrolment) -> None:
+    def __init__(self, enrolment: Roster) -> None:
         self.enrolment = enrolment
 
     def client_of(self, signing_key: bytes) -> str:

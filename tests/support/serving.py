@@ -19,7 +19,7 @@ __all__ = ["LoopThread", "loop_thread", "quick_retry", "serving", "soon"]
 
 _T = TypeVar("_T")
 TIMEOUT_S = 30.0
-SOON_S = 5.0
+SOON_S = 30.0
 
 AddServices = Callable[[grpc.aio.Server], None]
 
