@@ -24,7 +24,7 @@ demo: $(STAMP) ## Encrypted federated training on real data, with a report in ru
 	$(BIN)/secagg demo
 
 test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP) ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow --timeout 600

@@ -101,8 +101,8 @@ def encrypt_quantized(
     values = [part.values for part in quantized]
     seed = fresh_seed(context.id.digest, values)
     # The errors have a seed of their own, which nobody gets: the key holder sees the noise of an
-    # audited upload, and could tell from the very errors where a masked value wrapped.
-    coefficients = errors(fresh_seed(context.id.digest, values), context.plan.blocks)
+    # audited upload, and who knows the errors can tell from it where a coefficient wrapped.
+    coefficients = errors(fresh_seed(context.id.digest, values, "errors"), context.plan.blocks)
     for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):
         coefficients[blocks] += pack(layout, part.values)
     key = ring.to_ntt(secret(seed)[None])[0]

@@ -23,7 +23,6 @@ from secagg.enrolment import OpenEnrolment, Roster
 from secagg.errors import (
     ClosedError,
     DuplicateError,
-    MalformedError,
     QuorumError,
     ReleaseError,
     SealError,
@@ -212,29 +211,27 @@ class KeyHolder:
                 self.close()
             raise
 
-    def audit(self, upload_digest: bytes, masked: NDArray[np.uint64]) -> bool:
+    def audit(self, upload_digest: bytes, low: NDArray[np.uint32]) -> bool:
         """Whether an admitted upload is off the grid, once a sum has been refused.
 
         From the first audited upload on, only manifests of uploads that passed are opened. The same
         upload gets the same answer again, whatever is sent with it.
 
         Args:
-            masked: uint64 (plan.blocks, 4096), see `noise_audit.masked`.
+            low: uint32 (plan.blocks, 4096), see `noise_audit.dithered`.
 
         Raises:
             ClosedError: no sum was refused, or the round is over.
             SealError: the upload was not admitted.
-            MalformedError: another shape, or a residue of q or more.
+            InputError: another shape or type.
         """
         if self._pair is None or not self._refusals:
             raise ClosedError("expected an open round whose sum was refused; this one was not")
         if upload_digest not in self._seeds:
             raise SealError("expected an admitted upload; this one was not")
         if upload_digest not in self._audited:
-            if not _is_sum(self.context.plan, masked):
-                raise MalformedError("expected masked polynomials of residues below q; got others")
             seed = self._seeds[upload_digest]
-            found = self._compute(_off_grid, self.context, seed, masked)
+            found = self._compute(_off_grid, self.context, seed, low)
             self._audited[upload_digest] = bool(found)
         return self._audited[upload_digest]
 
@@ -270,8 +267,9 @@ def _open_sum(
     )
 
 
-def _off_grid(context: RoundContext, seed: bytes, masked: NDArray[np.uint64]) -> bool:
-    return off_grid(context.plan, _decrypt(context, [seed], masked))
+def _off_grid(context: RoundContext, seed: bytes, low: NDArray[np.uint32]) -> bool:
+    nothing = np.zeros((context.plan.blocks, RING_DEGREE), dtype=np.uint64)
+    return off_grid(context.plan, low, _decrypt(context, [seed], nothing))
 
 
 def _decrypt(

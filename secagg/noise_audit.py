@@ -1,18 +1,19 @@
-"""The noise audit: show the key holder an upload's noise under a mask over its values.
+"""The noise audit: show the key holder an upload's noise, and next to nothing of its values.
 
-One upload that is off the grid makes a whole sum refuse to open, and a refusal says no more. To
-find it, the server adds a random multiple of the grid to every coefficient of each upload and sends
-the result to the key holder, who opens it: the values drown in the mask, the noise remains.
+One upload that is off the grid makes a whole sum refuse to open, and a refusal says no more. Values
+are multiples of the grid 2**s, noise is what lies beside it, so the audit moves the low s bits of
+each coefficient only: the server sends those of the ciphertext, the key holder adds those of the
+client's mask a_j s, which it can compute, and what is left is the noise.
 
-It remains even where the masked value wraps, because q is 1 modulo 2**24: in centred form, a mask
-from [0, q / 2**shift) makes a coefficient wrap downwards at most once, which takes exactly one from
-its noise. Honest errors lie in [-21, 21], so what an audit sees of them lies in [-22, 21].
-
-A wrap also tells whoever knows the errors, as the key holder does, that the value lies beyond the
-opened one: for honest values with a probability below 1 / (4 max_clients) a coefficient.
+This works because q is 1 modulo 2**24: a wrap modulo q, of which the low bits know nothing, moves
+the noise by exactly one. Whether it has wrapped would tell the key holder on which side of a_j s
+the value lies, so the server *dithers*: it takes one from a coefficient c with probability c / q.
+What is left to see is, on average, a gentle slope in the value, and lost in the error: see
+docs/cipher.md for what it is worth. Errors of honest clients lie in [-21, 21], hence what an audit
+sees of them in [-22, 23].
 
 Noise is all an audit can judge. It cannot see a value beyond the planned range, nor many clients
-whose errors within the limit all push one way; see docs/cipher.md.
+whose errors within the limit all push one way.
 """
 
 from __future__ import annotations
@@ -23,76 +24,105 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secagg import ring
-from secagg.errors import InputError
+from secagg.errors import InputError, MalformedError
 from secagg.parameters import CHUNK_BLOCKS, MODULUS, RING_DEGREE, Plan
 from secagg.sampling import CBD_BITS, Stream, uniform_polynomials
 
-__all__ = ["LIMIT", "masked", "off_grid"]
+__all__ = [
+    "HIGHEST",
+    "LOWEST",
+    "LOW_BYTES",
+    "dithered",
+    "low_from_bytes",
+    "low_to_bytes",
+    "off_grid",
+]
 
-LIMIT = CBD_BITS + 1
-"""Noise from -22 to 21 passes, anything else is named: errors up to 21, less one for a wrap."""
+LOWEST, HIGHEST = -CBD_BITS - 1, CBD_BITS + 2
+"""Noise in between passes: an honest error, less one for the dither, and up to two wraps."""
 
-_Q = np.uint64(MODULUS)
+LOW_BYTES = 4
+"""Bytes of one coefficient's low bits on the wire."""
 
 
-def masked(
+def dithered(
     plan: Plan, residues: NDArray[np.uint64], randomness: Stream | None = None
-) -> NDArray[np.uint64]:
-    """An upload under a fresh random multiple of the grid in every coefficient.
+) -> NDArray[np.uint32]:
+    """The low bits of an upload's coefficients, at most 24 of 56, dithered.
 
     Args:
         plan: what the upload consists of.
         residues: uint64 of shape (plan.blocks, 4096): one upload's ciphertexts, below q.
-        randomness: source of the mask; the operating system when omitted. Whoever knows the mask
-            and opens the result reads the values: a seeded stream is for tests only.
+        randomness: source of the dither; the operating system when omitted. A seeded stream is for
+            tests only.
 
     Returns:
-        uint64 of the same shape, below q. Mask an upload once: with every further copy, wraps tell
-        the key holder more of its values.
+        uint32 of the same shape, each below its layout's 2**shift. Once an upload: further copies
+        with dithers of their own tell more.
 
     Raises:
         InputError: another shape or type, or a residue of q or more.
     """
     _check(plan, residues, np.dtype(np.uint64))
-    if residues.max() >= _Q:
+    if residues.max() >= MODULUS:
         raise InputError(f"expected residues below q={MODULUS}; one is not; use `residues.widen`")
     stream = Stream.from_os() if randomness is None else randomness
-    out = np.empty_like(residues)
+    low = np.empty(residues.shape, dtype=np.uint32)
     for shift, part in _parts(plan):
-        mask = ring.to_ntt(_multiples(stream, shift, part.stop - part.start))
-        np.remainder(residues[part] + mask, _Q, out=out[part])
-    return out
+        coefficients = _lifted(ring.from_ntt(residues[part]))
+        taken = uniform_polynomials(stream, part.stop - part.start) < coefficients
+        low[part] = (coefficients - taken) & np.uint64((1 << shift) - 1)
+    return low
 
 
-def off_grid(plan: Plan, opened: NDArray[np.int64]) -> bool:
-    """Whether some coefficient of an opened, masked upload carries noise no honest client adds.
+def off_grid(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> bool:
+    """Whether some coefficient of an upload carries noise that no honest client adds.
 
-    Named for certain: a coefficient 23 or more off its grid, for any value of the client's
-    choosing. Never named: an honest upload. At 22 it depends on the mask.
+    Never named: an honest upload. Named for certain: an error of 25 or more on any coefficient,
+    whatever value it sits on. In between it depends on the dither.
 
     Args:
         plan: what the upload consists of.
-        opened: int64 of shape (plan.blocks, 4096), centred modulo q; see `ckks.decrypt`.
+        low: see :func:`dithered`.
+        masks: int64 (plan.blocks, 4096), centred modulo q: a_j s of this client in coefficients.
 
     Raises:
         InputError: another shape or type.
     """
-    _check(plan, opened, np.dtype(np.int64))
-    return any(_beyond(opened[part], shift) for shift, part in _parts(plan))
+    _check(plan, low, np.dtype(np.uint32))
+    _check(plan, masks, np.dtype(np.int64))
+    return any(_beyond(low[part], _lifted(masks[part]), shift) for shift, part in _parts(plan))
 
 
-def _beyond(coefficients: NDArray[np.int64], shift: int) -> bool:
-    half = 1 << (shift - 1)
-    noise = ((coefficients + half) & ((1 << shift) - 1)) - half
-    return bool(noise.min() < -LIMIT or noise.max() >= LIMIT)
+def _beyond(low: NDArray[np.uint32], masks: NDArray[np.uint64], shift: int) -> bool:
+    noise = ((low + masks) & np.uint64((1 << shift) - 1)).astype(np.int64)
+    noise[noise >= 1 << (shift - 1)] -= 1 << shift
+    return bool(noise.min() < LOWEST or noise.max() > HIGHEST)
 
 
-def _multiples(stream: Stream, shift: int, blocks: int) -> NDArray[np.int64]:
-    """Uniform multiples of 2**shift in [0, q - 1): what a wrap leaves of the grid modulo q."""
-    drawn = uniform_polynomials(stream, blocks).astype(np.int64)
-    # q - 1 is a multiple of the grid itself, and would be a second zero after the wrap.
-    drawn[drawn == MODULUS - 1] = 0
-    return (drawn >> shift) << shift
+def low_to_bytes(low: NDArray[np.uint32]) -> bytes:
+    """Low bits on the wire: four bytes each, little endian, in C order."""
+    return np.ascontiguousarray(low, dtype="<u4").tobytes()
+
+
+def low_from_bytes(plan: Plan, data: bytes | bytearray) -> NDArray[np.uint32]:
+    """Low bits from untrusted bytes.
+
+    Raises:
+        MalformedError: not exactly the plan's size, or a number that its layout's grid rules out.
+    """
+    expected = plan.blocks * RING_DEGREE * LOW_BYTES
+    if len(data) != expected:
+        raise MalformedError(f"expected low bits of {expected} bytes; got bytes={len(data)}")
+    low = np.frombuffer(bytes(data), dtype="<u4").astype(np.uint32).reshape(-1, RING_DEGREE)
+    if any(low[part].max() >> shift for shift, part in _parts(plan)):
+        raise MalformedError("expected low bits below the grid; one is not; send them as dithered")
+    return low
+
+
+def _lifted(centred: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Centred coefficients as residues in [0, q)."""
+    return np.where(centred < 0, centred + MODULUS, centred).astype(np.uint64)
 
 
 def _parts(plan: Plan) -> Iterator[tuple[int, slice]]:

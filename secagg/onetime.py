@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -22,14 +23,20 @@ from secagg.transcript import digest, encode
 __all__ = ["errors", "fresh_seed", "secret"]
 
 
-def fresh_seed(context_digest: bytes, message: Iterable[NDArray[np.int64]]) -> bytes:
+def fresh_seed(
+    context_digest: bytes,
+    message: Iterable[NDArray[np.int64]],
+    purpose: Literal["key", "errors"] = "key",
+) -> bytes:
     """A seed for exactly one message: HKDF (RFC 5869) of fresh bytes, salted with the message.
 
     Even a generator that repeats its output (a cloned virtual machine) gives different messages
-    different keys.
+    different keys, and a message's key and errors different seeds.
     """
     salt = digest("message", context_digest, *(part.tobytes() for part in message))
-    kdf = HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=encode("one-time seed"))
+    kdf = HKDF(
+        algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=encode("one-time seed", purpose)
+    )
     return kdf.derive(os.urandom(SEED_BYTES))
 
 

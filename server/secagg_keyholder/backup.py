@@ -10,7 +10,7 @@ from secagg.errors import ConfigurationError, UnavailableError
 from secagg.private_files import write
 from secagg_keyholder.database import Database, as_error, utc_now
 
-__all__ = ["clear_backup", "is_backup", "restore_ledger", "write_backup"]
+__all__ = ["backup_ledger", "clear_backup", "is_backup", "restore_ledger", "write_backup"]
 
 _LEDGER = "ledger.sqlite3"
 
@@ -44,6 +44,22 @@ def write_backup(database: Database, target: Path) -> None:
         write(target, copy.serialize())
 
 
+def backup_ledger(state_dir: Path, target: Path) -> None:
+    """Copy the ledger of a state directory, in use or not; see :func:`write_backup`.
+
+    Raises:
+        ConfigurationError: there is no ledger, too.
+    """
+    path = state_dir / _LEDGER
+    if not path.exists():
+        raise ConfigurationError(
+            f"expected a key holder's state_dir; {str(state_dir)!r} has no ledger; pass the one "
+            "that it runs with"
+        )
+    with closing(Database(path)) as database:
+        write_backup(database, target)
+
+
 def is_backup(database: Database) -> bool:
     """Whether this was a backup: it may not know of the last releases."""
     return bool(database.rows("SELECT 1 FROM facts WHERE key = 'backup'"))
@@ -63,7 +79,8 @@ def restore_ledger(backup: Path, state_dir: Path) -> None:
         ConfigurationError: there is a ledger already, or the file is not a backup.
     """
     target = state_dir / _LEDGER
-    if target.exists():
+    # What SQLite left beside a ledger would be taken for a part of the one put in its place.
+    if any(state_dir.glob(f"{_LEDGER}*")):
         raise ConfigurationError(
             f"expected a state_dir without a ledger; {str(state_dir)!r} has one, which knows more "
             "than any backup; move it away only if it is damaged"

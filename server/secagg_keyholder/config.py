@@ -17,7 +17,7 @@ from secagg.receipts import SigningKey
 from secagg.rpc.channels import check_address
 from secagg.rpc.lifecycle import check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
-from secagg_keyholder.ledger import check as check_ledger
+from secagg_keyholder.database import check as check_ledger
 from secagg_keyholder.rounds import DEFAULT_ATTEMPTS, Policy
 from secagg_keyholder.vault import load_identity, unsealing_passphrase
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from secagg.errors import ConfigurationError, SecaggError, UnavailableError
 from secagg.private_files import flush, make_folder
 from secagg_keyholder.schema import MIGRATIONS
 
-__all__ = ["Database", "as_error", "utc_now"]
+__all__ = ["Database", "as_error", "check", "utc_now"]
 
 _BUSY_SECONDS = 10.0
 
@@ -153,6 +153,17 @@ def _connected(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def check(path: Path) -> None:
+    """Refuse a file that `Database` would refuse; one that is not there yet is fine.
+
+    Raises:
+        ConfigurationError: not a ledger, one of a newer version, or not to be opened.
+    """
+    if path.exists():
+        with as_error(ConfigurationError, path), closing(sqlite3.connect(path)) as db:
+            _check_version(db, path)
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -242,14 +242,14 @@ class Rounds:
         self._forget(context.task_id)
         return ReleasedBytes(sums, release.contributors)
 
-    def audit(self, context: ContextId, upload_digest: bytes, masked: NDArray[np.uint64]) -> str:
+    def audit(self, context: ContextId, upload_digest: bytes, low: NDArray[np.uint32]) -> str:
         """The reason why an upload fails the noise audit; empty where it passes.
 
         Raises:
             SecaggError: see `KeyHolder.audit`.
         """
         holder = self._require(context)
-        reason = OffGridError.reason if holder.audit(upload_digest, masked) else ""
+        reason = OffGridError.reason if holder.audit(upload_digest, low) else ""
         self._ledger.record_audited(context, upload_digest, reason)
         return reason
 

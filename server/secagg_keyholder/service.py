@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId
 from secagg.errors import MalformedError
-from secagg.parameters import Plan
+from secagg.noise_audit import LOW_BYTES, low_from_bytes
+from secagg.parameters import RING_DEGREE, Plan
 from secagg.residues import widen
 from secagg.rpc.status import translated
 from secagg.transcript import DIGEST_BYTES
@@ -123,7 +124,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
                 ]
                 _check_count(digests, plan)
             elif part == "residues" and plan is not None:
-                _append(data, request.residues, plan)
+                _append(data, request.residues, plan.payload_bytes)
             else:
                 raise MalformedError("expected the manifest first, then the sum; got another order")
         if name is None or plan is None:
@@ -138,12 +139,12 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         name, upload, plan = await self._audited(request_iterator)
         data = bytearray()
         async for request in request_iterator:
-            if request.WhichOneof("part") != "residues":
-                raise MalformedError("expected the upload's name first, then its ciphertexts")
-            _append(data, request.residues, plan)
-        masked = widen(data, plan.blocks)
+            if request.WhichOneof("part") != "low_bits":
+                raise MalformedError("expected the upload's name first, then its low bits")
+            _append(data, request.low_bits, plan.blocks * RING_DEGREE * LOW_BYTES)
+        low = low_from_bytes(plan, data)
         async with self._locks[name.task_id]:
-            reason = await asyncio.to_thread(self._rounds.audit, name, upload, masked)
+            reason = await asyncio.to_thread(self._rounds.audit, name, upload, low)
         return pb.AuditNoiseResponse(verdict=_verdict(upload, reason))
 
     async def _audited(
@@ -173,9 +174,9 @@ def _check_count(digests: list[bytes], plan: Plan) -> None:
         raise MalformedError(f"expected at most {plan.max_clients} uploads; got more")
 
 
-def _append(data: bytearray, chunk: bytes, plan: Plan) -> None:
-    if len(data) + len(chunk) > plan.payload_bytes:
-        raise MalformedError(f"expected ciphertexts of {plan.payload_bytes} bytes; got more")
+def _append(data: bytearray, chunk: bytes, expected: int) -> None:
+    if len(data) + len(chunk) > expected:
+        raise MalformedError(f"expected {expected} bytes in all; got more")
     data += chunk
 
 

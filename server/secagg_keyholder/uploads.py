@@ -191,8 +191,10 @@ class Uploads:
         return found
 
     def _log(self, key: AttemptKey, event: str, **details: Detail) -> None:
-        named = dict(zip(("task_id", "round_number", "attempt"), key, strict=True))
-        self._database.log(event, **named, **details)
+        task_id, round_number, attempt = key
+        self._database.log(
+            event, task_id=task_id, round_number=round_number, attempt=attempt, **details
+        )
 
     def _log_upload(
         self, key: AttemptKey, event: str, upload_digest: bytes, client: str, reason: str

@@ -36,7 +36,7 @@ from secagg.errors import (
 )
 from secagg.failpoints import failpoint
 from secagg.logs import where
-from secagg.noise_audit import masked
+from secagg.noise_audit import dithered
 from secagg.parameters import FloatSegment
 from secagg.release import Release
 from secagg.residues import ResidueSum, widen
@@ -344,8 +344,8 @@ class Coordinator:
         admissions = self._store.accepted(context)
         for admission in admissions:
             name = admission.receipt.upload_digest
-            hidden = await asyncio.to_thread(self._masked, context, name)
-            if reason := await self._audit_one(context, name, hidden):
+            low = await asyncio.to_thread(self._dithered, context, name)
+            if reason := await self._audit_one(context, name, low):
                 refused[name] = reason
         self._store.set_audited(row.key)
         _LOG.warning("noise_audit", round=row.round_number, named=len(refused))
@@ -357,16 +357,14 @@ class Coordinator:
             )
         return self._fixed(row, context, admissions, refused)
 
-    async def _audit_one(
-        self, context: RoundContext, name: bytes, hidden: NDArray[np.uint64]
-    ) -> str:
-        return await _patiently(lambda: self._key_holder.audit(context, name, hidden))
+    async def _audit_one(self, context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
+        return await _patiently(lambda: self._key_holder.audit(context, name, low))
 
-    def _masked(self, context: RoundContext, name: bytes) -> NDArray[np.uint64]:
+    def _dithered(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
         chunks = range(context.plan.chunks)
         residues = np.concatenate([self._residues(context, name, index) for index in chunks])
-        hidden: NDArray[np.uint64] = self._compute(masked, context.plan, residues)
-        return hidden
+        low: NDArray[np.uint32] = self._compute(dithered, context.plan, residues)
+        return low
 
     def _fixed(
         self,

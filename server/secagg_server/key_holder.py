@@ -22,6 +22,7 @@ from secagg.certificates import Kit, Role
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement, read_pins
 from secagg.errors import IdentityError, MalformedError, SecaggError, UnavailableError
+from secagg.noise_audit import low_to_bytes
 from secagg.parameters import Plan
 from secagg.residues import narrow
 from secagg.rpc.channels import aio_channel
@@ -33,6 +34,8 @@ from secagg.upload import Admission
 from secagg.wire.codec import (
     admission_to_wire,
     context_id_to_wire,
+    piece,
+    piece_count,
     plan_to_wire,
     round_context_from_wire,
     sums_from_bytes,
@@ -78,7 +81,7 @@ class KeyHolderStub(Protocol):
         ...
 
     async def audit(
-        self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
+        self, context: RoundContext, upload_digest: bytes, low: NDArray[np.uint32]
     ) -> str:
         """Why an upload fails the noise audit; empty where it passes."""
         ...
@@ -229,12 +232,12 @@ class KeyHolderClient:
         return ReleasedSums(sums, contributors)
 
     async def audit(
-        self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
+        self, context: RoundContext, upload_digest: bytes, low: NDArray[np.uint32]
     ) -> str:
         """Why an upload fails the noise audit; empty where it passes.
 
         Args:
-            masked: uint64 (plan.blocks, 4096), see `noise_audit.masked`.
+            low: uint32 (plan.blocks, 4096), see `noise_audit.dithered`.
 
         Raises:
             SecaggError: what the key holder answered, or `UnavailableError`.
@@ -244,8 +247,9 @@ class KeyHolderClient:
             name = context_id_to_wire(context.id)
             upload = pb.AuditedUpload(context=name, upload_digest=upload_digest)
             yield pb.AuditNoiseRequest(upload=upload)
-            for chunk in _chunks(context, masked):
-                yield pb.AuditNoiseRequest(residues=chunk)
+            data = low_to_bytes(low)
+            for index in range(piece_count(len(data))):
+                yield pb.AuditNoiseRequest(low_bits=piece(data, index))
 
         answer = await self._ask((await self._stub()).AuditNoise, requests(), "AuditNoise")
         if answer.verdict.upload_digest != upload_digest:

@@ -85,36 +85,56 @@ def test_report_is_one_file_that_needs_no_network(toy: tuple[Path, dict[str, Any
     assert f"{results['metrics']['federated_encrypted']['hr10']:.3f}" in page
 
 
-@pytest.mark.slow
-def test_one_flipped_residue_is_noticed_and_ends_the_run_with_an_error(tmp_path: Path) -> None:
+def tampered(silos: int, output: Path) -> dict[str, Any]:
+    """Results of a run of one round in which silo 1 flips a residue of its upload."""
     program = (
         "import sys\n"
         "from pathlib import Path\n"
         "from secagg_bench.demo.run import Observer, run_demo\n"
         "from secagg_bench.demo.results import passed\n"
         "from secagg_bench.demo.settings import DemoSettings, Source\n"
-        "settings = DemoSettings(silos=3, rounds=1, dimensions=4, max_attempts=1)\n"
+        "settings = DemoSettings(\n"
+        "    silos=int(sys.argv[2]), rounds=1, dimensions=4, clip=10.0, max_attempts=1\n"
+        ")\n"
         "source = Source('marketplace', None, 'generated')\n"
         "results = run_demo(settings, source, Path(sys.argv[1]), Observer(), 'tampering_client')\n"
         "sys.exit(0 if passed(results) else 1)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(SUPPORT)}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        env=environment,
+        [sys.executable, "-c", program, str(output), str(silos)],
+        env=os.environ | {"PYTHONPATH": str(SUPPORT)},
         timeout=110,
         check=False,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results: dict[str, Any] = json.loads((output / "results.json").read_text())
     assert results["bit_identical"] is False
+    return results
+
+
+@pytest.mark.slow
+def test_one_flipped_residue_costs_its_client_the_round_and_nobody_else(tmp_path: Path) -> None:
+    results = tampered(4, tmp_path)
+    (row,) = results["rounds_detail"]
+    assert (row["attempt"], row["contributors"], row["equal"]) == (1, 3, False)
+    assert row["sha256_decrypted"] is not None
+    assert results["failure"] == ""
+    assert results["metrics"]["federated_encrypted"] is not None
+
+
+@pytest.mark.slow
+def test_one_flipped_residue_that_breaks_the_quorum_ends_the_run_with_an_error(
+    tmp_path: Path,
+) -> None:
+    results = tampered(3, tmp_path)
     assert results["rounds_detail"][0]["sha256_decrypted"] is None
-    assert "RELEASE_REFUSED" in results["failure"]
+    assert "QUORUM_NOT_REACHED" in results["failure"]
+    assert "got 2" in results["failure"]
     assert results["metrics"]["federated_encrypted"] is None
     assert not (tmp_path / "model.npz").exists()
-    assert "RELEASE_REFUSED" in (tmp_path / "report.html").read_text()
+    assert "QUORUM_NOT_REACHED" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from secagg import audit
+from secagg import audit, commands
 from secagg.audit import (
     GENESIS,
     MAX_DETAILS,
@@ -652,7 +652,7 @@ def test_show_prints_entries_as_they_are(kind: str, tmp_path: Path) -> None:
 
 
 def test_show_for_people_obeys_no_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(commands.out, "width", 200)
     result = run("show", lines_file(tmp_path, LINES))
     assert result.exit_code == 0
     assert "[bold]" in result.stdout

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -20,7 +18,6 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import secagg_keyholder.cli
-import secagg_server.cli
 from secagg.cli import app as secagg_app
 from secagg.errors import MalformedError, SecaggError
 from secagg.planner import plan_tensors
@@ -143,102 +140,7 @@ def test_a_plan_without_what_it_needs_is_a_usage_error(option: str) -> None:
     assert run(secagg_app, "plan", option, 5).exit_code == 2
 
 
-# --- starting services ------------------------------------------------------------------------
-
-SERVER = {"--listen": "127.0.0.1:0", "--admin-listen": "127.0.0.1:0", "--data-dir": "data"}
-
-
-def start(module: str, flags: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The program as a process of its own, since one that fails late leaves much behind."""
-    arguments = [part for pair in flags.items() for part in pair]
-    return subprocess.run(
-        [sys.executable, "-m", module, "run", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "text"),
-    [
-        ("--listen", "0.0.0.0:0", "plaintext"),
-        ("--admin-listen", "192.168.0.1:0", "plaintext"),
-        ("--listen", "127.0.0.1:70000", "host:port"),
-        ("--ready-file", "nowhere/ready", "ready"),
-    ],
-)
-def test_a_server_that_fails_late_ends_with_78_and_one_line(
-    flag: str, value: str, text: str
-) -> None:
-    done = start("secagg_server.cli", SERVER | {flag: value})
-    assert (done.returncode, done.stdout) == (78, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("CONFIGURATION: ")
-    assert text in line
-
-
-def test_a_key_holder_with_a_public_address_ends_with_78_and_one_line() -> None:
-    done = start("secagg_keyholder.cli", {"--listen": "0.0.0.0:0"})
-    assert (done.returncode, done.stdout) == (78, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("CONFIGURATION: expected a loopback address")
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "text"),
-    [
-        ("--key-holder", "kms.example.com:443", "plaintext"),
-        ("--log-level", "loud", "log_level"),
-        ("--config", "nowhere.toml", "nowhere.toml"),
-        ("--store-url", "nonsense", "store_url"),
-        ("--store-url", "nosuchdatabase://localhost/x", "store_url"),
-        ("--store-url", "sqlite:////nonexistent/folder/x.sqlite3", "store_url"),
-        ("--data-dir", "/dev/null/x", "data_dir"),
-    ],
-)
-def test_a_server_that_cannot_run_ends_with_78_and_one_line(
-    flag: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("secagg_server.app.serve_until_stopped", it_serves)
-    arguments = [part for pair in (SERVER | {flag: value}).items() for part in pair]
-    refused(run(server_app, "run", *arguments), 78, "CONFIGURATION", text)
-
-
-async def it_serves(*_: object) -> None:
-    """In place of serving, so that a program that should have failed to start does not hang."""
-    pytest.fail("it serves")
-
-
-def test_a_data_directory_whose_database_cannot_be_opened_ends_with_78(tmp_path: Path) -> None:
-    (tmp_path / "data" / "server.sqlite3").mkdir(parents=True)
-    flags = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--data-dir", "data"]
-    refused(run(server_app, "run", *flags), 78, "CONFIGURATION")
-
-
-def test_a_database_that_is_none_ends_with_78(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "server.sqlite3").write_bytes(b"not a database at all" * 100)
-    flags = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--data-dir", "data"]
-    refused(run(server_app, "run", *flags), 78, "CONFIGURATION")
-
-
-def test_an_unknown_variable_ends_with_78(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECAGG_SERVER_LISTN", "127.0.0.1:1")
-    refused(run(server_app, "run"), 78, "CONFIGURATION", "did you mean 'listen'")
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--min-clients", "2"], "min_clients"),
-        (["--config", "nowhere.toml"], "nowhere.toml"),
-    ],
-)
-def test_a_key_holder_that_cannot_run_ends_with_78_and_one_line(
-    flags: list[str], text: str
-) -> None:
-    refused(run(secagg_keyholder.cli.app, "run", *flags), 78, "CONFIGURATION", text)
+# --- errors ---------------------------------------------------------------------------------
 
 
 def test_brackets_in_an_error_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -290,18 +192,18 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TaskSpec, bytes]]:
     calls: list[tuple[TaskSpec, bytes]] = []
 
     class Recording:
-        def __init__(self, address: str) -> None:
+        def __init__(self, address: str, kit: object) -> None:
             pass
 
         def create_task(self, spec: TaskSpec, model: bytes = b"") -> None:
             calls.append((spec, model))
 
-    monkeypatch.setattr(secagg_server.cli, "Operator", Recording)
+    monkeypatch.setattr("secagg_server.config.Operator", Recording)
     return calls
 
 
 def create(file: Path, *arguments: object) -> Result:
-    return run(server_app, "task", "create", file, *arguments)
+    return run(server_app, "task", "create", file, "--insecure", *arguments)
 
 
 def test_a_task_from_a_file_is_the_task_it_describes(task_file: Callable[[str], Path]) -> None:
@@ -453,27 +355,33 @@ def test_a_server_that_is_not_there_ends_with_69_and_one_line(
     command: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secagg_server.operator._CONNECT_S", 0.2)
-    refused(run(server_app, "task", *command, "--admin", UNREACHABLE), 69, "UNAVAILABLE")
+    refused(
+        run(server_app, "task", *command, "--insecure", "--admin", UNREACHABLE), 69, "UNAVAILABLE"
+    )
 
 
 def test_an_admin_address_beyond_this_machine_is_refused() -> None:
-    refused(run(server_app, "task", "list", "--admin", "10.0.0.1:5"), 78, "plaintext")
+    refused(run(server_app, "task", "list", "--insecure", "--admin", "10.0.0.1:5"), 78, "plaintext")
 
 
 def test_the_exit_code_is_that_of_the_servers_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
-        def __init__(self, address: str) -> None:
+        def __init__(self, address: str, kit: object) -> None:
             pass
 
         def tasks(self) -> None:
             raise MalformedError("expected this")
 
-    monkeypatch.setattr(secagg_server.cli, "Operator", Refusing)
-    refused(run(server_app, "task", "list", "--admin", UNREACHABLE), 65, "MALFORMED: expected this")
+    monkeypatch.setattr("secagg_server.config.Operator", Refusing)
+    refused(
+        run(server_app, "task", "list", "--insecure", "--admin", UNREACHABLE),
+        65,
+        "MALFORMED: expected this",
+    )
 
 
 def test_every_error_has_an_exit_code_of_its_kind() -> None:
     def tree(root: type[SecaggError]) -> list[type[SecaggError]]:
         return [root, *(found for child in root.__subclasses__() for found in tree(child))]
 
-    assert {kind.exit_code for kind in tree(SecaggError)} == {65, 69, 70, 75, 77, 78}
+    assert {kind.exit_code for kind in tree(SecaggError)} == {65, 69, 70, 75, 76, 77, 78}

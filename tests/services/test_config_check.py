@@ -464,6 +464,7 @@ def test_a_program_that_cannot_start_ends_with_one_line_and_its_code(program: st
     assert said.startswith("CONFIGURATION: expected")
 
 
+@pytest.mark.slow
 def test_programs_that_run_already_keep_their_data_and_ports(tmp_path: Path) -> None:
     with Machine(tmp_path) as machine:
         for program in (KEY_HOLDER, SERVER):

@@ -30,16 +30,13 @@ from servers import (
 )
 from serving import soon
 
-from secagg import audit
+from secagg import audit, ring
 from secagg.context import RoundContext
-from secagg.errors import ClosedError, MalformedError, ReleaseError, SealError
-from secagg.noise_audit import masked
 from secagg.parameters import MODULUS
 from secagg.receipts import Receipt
 from secagg.residues import widen
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
-from secagg_keyholder.rounds import Rounds
 from secagg_server.coordinator import KEY_HOLDER_ATTEMPTS
 from secagg_server.schema import UploadRow
 from secagg_server.states import RoundState, TaskState, UploadState
@@ -170,14 +167,14 @@ async def test_honest_rounds_are_not_audited(folder: Path) -> None:
 
 
 @scenario
-async def test_each_upload_is_masked_before_it_leaves_and_none_twice(folder: Path) -> None:
-    """A second mask over the same upload would tell the key holder more of its values."""
+async def test_of_each_upload_only_dithered_low_bits_leave_and_none_twice(folder: Path) -> None:
+    """A second dither of the same upload would tell the key holder more of its values."""
     key_holder, seen = LocalKeyHolder(), []
     ask = key_holder.audit
 
-    async def watched(context: RoundContext, name: bytes, hidden: NDArray[np.uint64]) -> str:
-        seen.append((name, hidden))
-        return await ask(context, name, hidden)
+    async def watched(context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
+        seen.append((name, low))
+        return await ask(context, name, low)
 
     key_holder.audit = watched  # type: ignore[method-assign]
     key_holder.fail("audit", DOWN, times=KEY_HOLDER_ATTEMPTS - 1)
@@ -192,9 +189,13 @@ async def test_each_upload_is_masked_before_it_leaves_and_none_twice(folder: Pat
     assert {name for name, _ in seen} == uploads.keys()
     assert len(seen) == len(uploads) + KEY_HOLDER_ATTEMPTS - 1
     for name, upload in uploads.items():
-        plain = widen(upload.payload, context.plan.blocks)
-        copies = [hidden for other, hidden in seen if other == name]
-        assert not (copies[0] == plain).all(axis=1).any()
+        coefficients = ring.from_ntt(widen(upload.payload, context.plan.blocks)) % MODULUS
+        copies = [low for other, low in seen if other == name]
+        for _, layout, part in context.plan.block_ranges():
+            grid = 1 << layout.shift
+            assert copies[0][part].max() < grid
+            taken = (coefficients[part] - copies[0][part].astype(np.int64)) % grid
+            assert set(np.unique(taken)) == {0, 1}
         assert all(np.array_equal(copies[0], copy) for copy in copies)
 
 
@@ -500,129 +501,3 @@ async def test_the_operator_ends_a_task_during_its_audit(folder: Path) -> None:
         server.clock.advance(10 * DEADLINE_S)
         await breathe()
         assert len(server.store.rounds("task")) == 1
-
-
-# --- what the key holder itself insists on --------------------------------------------------------
-
-
-class Desk:
-    """One open round at the key holder: uploads judged, nothing released."""
-
-    def __init__(self, *liars: int, lie: Lie = cohort.off_grid) -> None:
-        self.key_holder = LocalKeyHolder()
-        self.context, _ = self.rounds.open(cohort.mixed_plan(), "task", 1, 1, bytes(32))
-        self.liars = liars
-        uploads = {i: cohort.encrypted(self.context, i) for i in range(6) if i not in liars}
-        self.uploads = uploads | {index: lie(self.context, index) for index in liars}
-        admissions = [upload.admission for upload in self.uploads.values()]
-        assert self.rounds.judge(self.context.id, admissions) == [""] * 6
-
-    @property
-    def rounds(self) -> Rounds:
-        return self.key_holder.rounds
-
-    def name(self, index: int) -> bytes:
-        return self.uploads[index].admission.receipt.upload_digest
-
-    def residues(self, index: int) -> NDArray[np.uint64]:
-        return widen(self.uploads[index].payload, self.context.plan.blocks)
-
-    def release(self, indexes: Iterable[int]) -> int:
-        names = [self.name(index) for index in indexes]
-        total = sum((self.residues(i) for i in indexes), start=np.uint64(0)) % np.uint64(MODULUS)
-        return self.rounds.release(self.context.id, names, total).contributors
-
-    def audit(self, index: int) -> str:
-        hidden = masked(self.context.plan, self.residues(index))
-        return self.rounds.audit(self.context.id, self.name(index), hidden)
-
-
-def test_nothing_is_audited_before_a_sum_was_refused() -> None:
-    desk = Desk(1)
-    for _ in range(2):
-        with pytest.raises(ClosedError, match="refused"):
-            desk.audit(1)
-        desk.key_holder.restart()
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    assert [desk.audit(index) for index in range(6)] == ["", "OFF_GRID", "", "", "", ""]
-
-
-def test_nothing_is_audited_after_the_release() -> None:
-    desk = Desk()
-    assert desk.release(range(6)) == 6
-    with pytest.raises(ClosedError):
-        desk.audit(0)
-
-
-def test_an_upload_that_was_not_admitted_is_not_audited() -> None:
-    desk = Desk(1)
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    with pytest.raises(SealError):
-        desk.rounds.audit(desk.context.id, bytes(32), desk.residues(0))
-
-
-@pytest.mark.parametrize("change", ["shape", "range"])
-def test_what_is_no_masked_upload_is_not_audited(change: str) -> None:
-    desk = Desk(1)
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    hidden = masked(desk.context.plan, desk.residues(1))
-    if change == "range":
-        hidden[0, 0] = MODULUS
-    with pytest.raises(MalformedError):
-        desk.rounds.audit(desk.context.id, desk.name(1), hidden[: 1 if change == "shape" else 2])
-    assert desk.audit(1) == "OFF_GRID"
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_the_first_finding_on_an_upload_stands_whatever_is_sent_with_it(restarts: bool) -> None:
-    desk = Desk(1)
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    assert [desk.audit(1), desk.audit(2)] == ["OFF_GRID", ""]
-    if restarts:
-        desk.key_holder.restart()
-    clean, dirty = (masked(desk.context.plan, desk.residues(index)) for index in (2, 1))
-    assert desk.rounds.audit(desk.context.id, desk.name(1), clean) == "OFF_GRID"
-    assert desk.rounds.audit(desk.context.id, desk.name(2), dirty) == ""
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_after_the_audit_only_uploads_that_passed_are_opened(restarts: bool) -> None:
-    desk = Desk(1)
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    for index in (0, 1, 2, 3):
-        desk.audit(index)
-    if restarts:
-        desk.key_holder.restart()
-    for manifest in ([0, 1, 2, 3], [0, 2, 3, 4], [0, 2, 3, 4, 5], range(6)):
-        with pytest.raises(SealError, match="passed the audit"):
-            desk.release(manifest)
-    assert desk.release([0, 2, 3]) == 3
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_a_second_refusal_closes_the_round_for_good(restarts: bool) -> None:
-    desk = Desk(1, 4)
-    for _ in range(2):
-        with pytest.raises(ReleaseError):
-            desk.release(range(6))
-        if restarts:
-            desk.key_holder.restart()
-    for again in (lambda: desk.release([0, 2, 3]), lambda: desk.audit(1)):
-        with pytest.raises(ClosedError):
-            again()
-
-
-def test_a_sum_that_stays_shut_after_the_audit_is_the_last_one() -> None:
-    desk = Desk(4, lie=cohort.out_of_range)
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    assert {desk.audit(index) for index in range(6)} == {""}
-    with pytest.raises(ReleaseError):
-        desk.release(range(6))
-    with pytest.raises(ClosedError):
-        desk.release([0, 1, 2])

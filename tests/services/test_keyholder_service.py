@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cohort
@@ -15,11 +14,20 @@ import grpc.aio
 import numpy as np
 import pytest
 import structlog
+from holding import (
+    Holder,
+    Judged,
+    digests_of,
+    flipped,
+    holding,
+    manifest,
+    numbers,
+    pieces,
+    summed,
+)
 from key_holders import durable_rounds
-from numpy.typing import NDArray
-from serving import LoopThread, loop_thread, serving
+from serving import LoopThread, loop_thread
 
-from secagg.context import RoundContext
 from secagg.errors import (
     ClosedError,
     ConfigurationError,
@@ -32,16 +40,12 @@ from secagg.errors import (
     SealError,
     SecaggError,
 )
-from secagg.parameters import CHUNK_BYTES, MODULUS, RESIDUE_BYTES, Plan
-from secagg.residues import ResidueSum, narrow, widen
-from secagg.rpc import channels
+from secagg.parameters import MODULUS
 from secagg.rpc.status import from_rpc_error
-from secagg.upload import Upload
 from secagg.wire import codec
 from secagg.wire.v1 import key_holder_service_pb2 as pb
-from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
-from secagg_keyholder.rounds import Policy, Rounds
-from secagg_keyholder.service import KeyHolderService
+from secagg.wire.v1 import round_pb2
+from secagg_keyholder.rounds import Policy
 
 ACCEPTED = round_pb2.VERDICT_STATE_ACCEPTED
 REJECTED = round_pb2.VERDICT_STATE_REJECTED

@@ -129,11 +129,11 @@ class LocalKeyHolder:
         return ReleasedSums(sums, released.contributors)
 
     async def audit(
-        self, context: RoundContext, upload_digest: bytes, masked: NDArray[np.uint64]
+        self, context: RoundContext, upload_digest: bytes, low: NDArray[np.uint32]
     ) -> str:
         """See `KeyHolderStub`."""
         with self._call("audit"):
-            return self.rounds.audit(context.id, upload_digest, masked)
+            return self.rounds.audit(context.id, upload_digest, low)
 
     async def close_round(self, context: RoundContext) -> None:
         """See `KeyHolderStub`."""

@@ -73,12 +73,12 @@ class ReleaseResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., contributors: _Optional[int] = ...) -> None: ...
 
 class AuditNoiseRequest(_message.Message):
-    __slots__ = ("upload", "residues")
+    __slots__ = ("upload", "low_bits")
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
-    RESIDUES_FIELD_NUMBER: _ClassVar[int]
+    LOW_BITS_FIELD_NUMBER: _ClassVar[int]
     upload: AuditedUpload
-    residues: bytes
-    def __init__(self, upload: _Optional[_Union[AuditedUpload, _Mapping]] = ..., residues: _Optional[bytes] = ...) -> None: ...
+    low_bits: bytes
+    def __init__(self, upload: _Optional[_Union[AuditedUpload, _Mapping]] = ..., low_bits: _Optional[bytes] = ...) -> None: ...
 
 class AuditedUpload(_message.Message):
     __slots__ = ("context", "upload_digest")
