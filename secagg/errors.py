@@ -37,6 +37,7 @@
         ├── QuorumError           fewer clients than the plan's minimum     QUORUM_NOT_REACHED
         ├── ReleaseError          the sum does not open under the manifest  RELEASE_REFUSED
         └── UnavailableError      the other party cannot be reached         UNAVAILABLE
+            └── StorageError      its disk or database does not do its work STORAGE_UNAVAILABLE
 
 The last column is the ``reason`` that travels on the wire. Each message says what was expected,
 what came, and what to do; none carries a secret, a plaintext value or a client's identity.
@@ -75,6 +76,7 @@ __all__ = [
     "SchemaError",
     "SealError",
     "SecaggError",
+    "StorageError",
     "UnavailableError",
     "UntrustedCertificateError",
     "UntrustedKeyError",
@@ -330,6 +332,12 @@ class UnavailableError(RoundError):
 
     reason = "UNAVAILABLE"
     status = "UNAVAILABLE"
+
+
+class StorageError(UnavailableError):
+    """A disk or database does not do its work; nothing that was promised is lost by that."""
+
+    reason = "STORAGE_UNAVAILABLE"
 
 
 def _tree(root: type[SecaggError]) -> dict[str, type[SecaggError]]:

@@ -57,6 +57,10 @@ class KeyHolder:
         pair: the round key; a new one when omitted.
         roster: who may take part; anybody with a key when omitted.
         compute: runs the heavy calculations, such as in another process; here when omitted.
+
+    Attributes:
+        context: what uploads must be made for.
+        refusals: different sums that did not open.
     """
 
     def __init__(
@@ -79,7 +83,8 @@ class KeyHolder:
         self._uploads: dict[str, bytes] = {}  # upload digest by client
         self._audited: dict[bytes, bool] = {}  # off the grid or not, by upload digest
         self._released: tuple[bytes, Release] | None = None
-        self._refusals = 0
+        self._refused: set[bytes] = set()  # names of manifests with their sums
+        self.refusals = 0
         self.context = RoundContext.create(
             plan,
             self._pair.public,
@@ -91,7 +96,7 @@ class KeyHolder:
 
     def resume(self, refusals: int, audited: dict[bytes, bool]) -> None:
         """Continue where another process ended: what it refused, and what its audit found."""
-        self._refusals, self._audited = refusals, dict(audited)
+        self.refusals, self._audited = refusals, dict(audited)
 
     def admit(self, admission: Admission) -> str:
         """Check a receipt and open its seed; admitting the same upload again changes nothing.
@@ -170,7 +175,7 @@ class KeyHolder:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
         self._check_cohort(upload_digests)
-        sums = self._guarded([self._seeds[upload] for upload in upload_digests], residues)
+        sums = self._guarded(name, [self._seeds[each] for each in upload_digests], residues)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
@@ -195,19 +200,26 @@ class KeyHolder:
             raise ClosedError(f"expected at most max_clients={plan.max_clients}; got {count}")
 
     def _guarded(
-        self, seeds: Sequence[bytes], residues: NDArray[np.uint64]
+        self, name: bytes, seeds: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int64], ...]:
-        """Open a sum; too many refusals end the round, so that they never become an oracle."""
+        """Open a sum; too many refusals end the round, so that they never become an oracle.
+
+        Asking again about the same sum, because the answer was lost perhaps, tells nothing new.
+        """
         if not _is_sum(self.context.plan, residues):
             raise ReleaseError(
                 f"expected {self.context.plan.blocks} summed polynomials of residues below q; got "
                 f"shape={residues.shape}, dtype={residues.dtype}"
             )
         try:
+            if name in self._refused:
+                raise ReleaseError("expected another sum; this one was refused before; audit it")
             return self._compute(_open_sum, self.context, list(seeds), residues)  # type: ignore[return-value]
         except ReleaseError:
-            self._refusals += 1
-            if self._refusals >= MAX_REFUSALS:
+            if name not in self._refused:
+                self._refused.add(name)
+                self.refusals += 1
+            if self.refusals >= MAX_REFUSALS:
                 self.close()
             raise
 
@@ -225,7 +237,7 @@ class KeyHolder:
             SealError: the upload was not admitted.
             InputError: another shape or type.
         """
-        if self._pair is None or not self._refusals:
+        if self._pair is None or not self.refusals:
             raise ClosedError("expected an open round whose sum was refused; this one was not")
         if upload_digest not in self._seeds:
             raise SealError("expected an admitted upload; this one was not")

@@ -131,6 +131,8 @@ async def _problem(checks: Sequence[Check]) -> str | None:
             await check()
         except SecaggError as error:
             return str(error)
+        except Exception as error:  # of whatever kind: the watch must go on
+            return f"expected every check to work; one failed with {type(error).__name__}"
     return None
 
 

@@ -229,10 +229,12 @@ class Rounds:
                 raise ClosedError("expected the manifest already released; one release a round")
             return ReleasedBytes(sums, contributors)
         holder = self._require(context)
+        before = holder.refusals
         try:
             release = holder.release_admitted(upload_digests, residues)
         except ReleaseError:
-            if self._ledger.count_refusal(context) >= MAX_REFUSALS:
+            new = holder.refusals > before
+            if new and self._ledger.count_refusal(context) >= MAX_REFUSALS:
                 self.close(context, "REFUSED_TWICE")
             raise
         sums = sums_to_bytes(release.sums)

@@ -9,7 +9,7 @@ import structlog
 from secagg.audit import client_hash, load_audit_key
 from secagg.certificates import Role
 from secagg.enrolment import EnrolmentFile
-from secagg.errors import ConfigurationError, UnavailableError
+from secagg.errors import ConfigurationError, StorageError
 from secagg.rpc import channels
 from secagg.rpc.gatekeeper import Gatekeeper
 from secagg.rpc.lifecycle import (
@@ -118,7 +118,7 @@ def _checks(
 
     async def room() -> None:
         if await asyncio.to_thread(blobs.free_bytes) < MIN_FREE_BYTES:
-            raise UnavailableError("expected room on the disk; it is almost full")
+            raise StorageError("expected room on the disk; it is almost full")
 
     async def enrolment() -> None:
         if isinstance(opened.roster, EnrolmentFile):

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from secagg.audit import Detail, Entry, client_hash, next_entry
-from secagg.errors import UnavailableError
+from secagg.errors import StorageError
 from secagg_server.schema import AuditRow, HeartbeatRow, RoundKey
 from secagg_server.transactions import Database, reading, writing
 
@@ -35,7 +35,7 @@ class AuditLog:
         """Append an entry about something that is not in the store.
 
         Raises:
-            UnavailableError: the store cannot be written.
+            StorageError: the store cannot be written.
             TypeError, ValueError: details that the log does not take.
         """
         self._record(session, event, **details)
@@ -56,13 +56,13 @@ class AuditLog:
         """Write something, to see that the store can be written; it does not grow.
 
         Raises:
-            UnavailableError: it cannot.
+            StorageError: it cannot.
         """
         changed = session.execute(
             update(HeartbeatRow).values(beat=1 - HeartbeatRow.beat).returning(HeartbeatRow.id)
         )
         if not changed.all():
-            raise UnavailableError(
+            raise StorageError(
                 "expected the store's heartbeat; its row is gone; restore the database"
             )
 

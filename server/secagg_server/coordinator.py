@@ -32,6 +32,7 @@ from secagg.errors import (
     ReleaseError,
     RoundError,
     SecaggError,
+    StorageError,
     UnavailableError,
 )
 from secagg.failpoints import failpoint
@@ -57,6 +58,9 @@ KEY_HOLDER_ATTEMPTS = 3
 
 RESTART_GRACE_S = 10.0
 """Seconds that a round collects at least after a restart, so that clients can come back."""
+
+STORAGE_PAUSE_S = 5.0
+"""Seconds until a task goes on after the disk or the database has failed it."""
 
 _BY_OPERATOR = "ABORTED: ended by the operator"
 _UNEXPECTED = "INTERNAL: see the server's log"
@@ -140,11 +144,25 @@ class Coordinator:
                 await running
 
     async def _run(self, spec: TaskSpec) -> None:
+        """Run a task to its end; where the disk or the database fails, go on once it works."""
+        try:
+            while True:
+                with contextlib.suppress(StorageError, OSError):
+                    return await self._to_its_end(spec)
+                self._rounds.close(spec.task_id)
+                _LOG.error("storage_failed", next_try_s=STORAGE_PAUSE_S)
+                await self._clock.wait(asyncio.Event(), self._clock.now() + STORAGE_PAUSE_S)
+        finally:
+            self._running.pop(spec.task_id, None)
+
+    async def _to_its_end(self, spec: TaskSpec) -> None:
         try:
             failure = await self._settle_interrupted(spec)
             for number in range(self._store.task(spec.task_id).rounds_done + 1, spec.rounds + 1):
                 await self._round(spec, number, failure)
             self._store.end_task(spec.task_id, TaskState.FINISHED)
+        except (StorageError, OSError):
+            raise
         except SecaggError as error:
             self._store.end_task(spec.task_id, TaskState.FAILED, _reason(error))
         except Exception as error:  # a task must never die silently
@@ -152,8 +170,6 @@ class Coordinator:
             self._store.abort_open_rounds(spec.task_id, _UNEXPECTED)
             await self._forget(spec.task_id)
             self._store.end_task(spec.task_id, TaskState.FAILED, _UNEXPECTED)
-        finally:
-            self._running.pop(spec.task_id, None)
 
     async def _settle_interrupted(self, spec: TaskSpec) -> SecaggError | None:
         """After a restart: go on with the attempt that it interrupted; what went wrong, if any.
@@ -195,6 +211,8 @@ class Coordinator:
         """Do an attempt's work and clean up after it; what went wrong, if anything did."""
         try:
             await work
+        except StorageError:
+            raise  # the attempt goes on from where it stands
         except SecaggError as error:
             self._store.abort_round(row.key, _reason(error))
             _LOG.warning(
@@ -242,7 +260,7 @@ class Coordinator:
         return model_digest(self._blobs.model(spec.task_id, version))
 
     async def _open(self, spec: TaskSpec, row: RoundRow) -> None:
-        digest = self._model_digest(spec)
+        digest = await asyncio.to_thread(self._model_digest, spec)
         context, endorsement = await _patiently(
             lambda: self._key_holder.open_round(
                 spec.plan,
@@ -299,7 +317,7 @@ class Coordinator:
             manifest = await self._audited(row, context)
             row = self._store.round(row.key)
             release, times = await self._summed_and_released(row, context, manifest)
-        self._apply(spec, row, release, *times)
+        await asyncio.to_thread(self._apply, spec, row, release, *times)
 
     async def _summed_and_released(
         self, row: RoundRow, context: RoundContext, manifest: list[Admission]
@@ -331,17 +349,17 @@ class Coordinator:
 
     async def _judged(self, row: RoundRow, context: RoundContext) -> list[Admission]:
         """Every accepted upload that the key holder does not refuse."""
-        admissions = self._store.accepted(context)
+        admissions = await asyncio.to_thread(self._store.accepted, context)
         _check_quorum(context, len(admissions))
         if row.state in (RoundState.SUMMING, RoundState.RELEASING):
             return admissions  # judged before a restart; the refused ones are not among them
         refused = await _patiently(lambda: self._key_holder.judge(context, admissions))
-        return self._fixed(row, context, admissions, refused)
+        return await asyncio.to_thread(self._fixed, row, context, admissions, refused)
 
     async def _audited(self, row: RoundRow, context: RoundContext) -> list[Admission]:
         """Every accepted upload that passes the noise audit, after a sum was refused."""
         refused: dict[bytes, str] = {}
-        admissions = self._store.accepted(context)
+        admissions = await asyncio.to_thread(self._store.accepted, context)
         for admission in admissions:
             name = admission.receipt.upload_digest
             low = await asyncio.to_thread(self._dithered, context, name)
@@ -355,7 +373,7 @@ class Coordinator:
                 "expected the sum to open under its manifest; it does not, and the noise audit "
                 "names nobody; the round is collected again"
             )
-        return self._fixed(row, context, admissions, refused)
+        return await asyncio.to_thread(self._fixed, row, context, admissions, refused)
 
     async def _audit_one(self, context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
         return await _patiently(lambda: self._key_holder.audit(context, name, low))

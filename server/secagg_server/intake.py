@@ -86,10 +86,7 @@ class Intake:
                 "join the next round"
             )
         if self._blobs.free_bytes() < 2 * plan.payload_bytes:
-            raise OverloadedError(
-                "expected room on the server's disk for another upload; there is none; try again "
-                "later, and tell the operator"
-            )
+            raise _no_room()
 
     def put_chunk(
         self,
@@ -107,6 +104,7 @@ class Intake:
             ClosedError: the round is closed, or the upload was not announced or is complete.
             ContextError: made for another round.
             MalformedError: no such chunk, the wrong size, or a residue of q or more.
+            OverloadedError: the disk is full.
         """
         client = self._client(caller, client_key)
         current = self._require_receiving(context, client, upload_digest)
@@ -114,7 +112,10 @@ class Intake:
         if index >= plan.chunks:
             raise MalformedError(f"expected a chunk below {plan.chunks}; got {index=}")
         widen(data, plan.chunk_blocks(index))
-        self._blobs.put_chunk(context, upload_digest, index, data)
+        try:
+            self._blobs.put_chunk(context, upload_digest, index, data)
+        except OSError:
+            raise _no_room() from None
         failpoint("chunk-stored")
 
     def _is_accepted(self, context: ContextId, client: str, upload_digest: bytes) -> bool:
@@ -173,3 +174,10 @@ class Intake:
         for index in range(current.context.plan.chunks):
             running.update(self._blobs.chunk(current.context.id, upload_digest, index))
         return running.digest()
+
+
+def _no_room() -> OverloadedError:
+    return OverloadedError(
+        "expected room on the server's disk for another upload; there is none; try again later, "
+        "and tell the operator"
+    )

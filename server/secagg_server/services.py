@@ -242,10 +242,10 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
     ) -> operator_service_pb2.ListTasksResponse:
         """See the contract."""
         size = _page_size(request.page_size, MAX_TASKS)
-        rows = await asyncio.to_thread(self._store.tasks, request.page_token, size)
+        rows = await asyncio.to_thread(self._store.tasks, request.page_token, size + 1)
         return operator_service_pb2.ListTasksResponse(
-            tasks=[_task_status(row) for row in rows],
-            next_page_token=rows[-1].task_id if len(rows) == size else "",
+            tasks=[_task_status(row) for row in rows[:size]],
+            next_page_token=rows[size - 1].task_id if len(rows) > size else "",
         )
 
     @translated
@@ -261,15 +261,16 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         row = self._store.task(request.task_id)
         payload = row.task_spec().plan.payload_bytes
         size = _page_size(request.page_size, MAX_ROUNDS)
-        rounds = self._store.rounds(request.task_id, _after(request.page_token), size)
+        rounds = self._store.rounds(request.task_id, _after(request.page_token), size + 1)
         counts = self._store.all_counts(request.task_id)
         nobody = UploadCounts(0, 0)
         return operator_service_pb2.GetTaskResponse(
             task=_task_status(row),
             rounds=[
-                self._round_record(item, counts.get(item.key, nobody), payload) for item in rounds
+                self._round_record(item, counts.get(item.key, nobody), payload)
+                for item in rounds[:size]
             ],
-            next_page_token=_token(rounds[-1]) if len(rounds) == size else "",
+            next_page_token=_token(rounds[size - 1]) if len(rounds) > size else "",
         )
 
     def _round_record(

@@ -55,7 +55,7 @@ class Store(Uploads):
         ConfigurationError: a URL that names no usable database, one that does not answer, or one of
             another version.
 
-    Every method raises `UnavailableError` when the database does not do its work.
+    Every method raises `StorageError` when the database does not do its work.
     """
 
     def __init__(self, url: str, audit_key: bytes | None = None, *, migrate: bool = True) -> None:

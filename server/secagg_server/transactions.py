@@ -24,7 +24,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
-from secagg.errors import ConfigurationError, UnavailableError
+from secagg.errors import ConfigurationError, StorageError
 
 __all__ = ["Database", "HasDatabase", "reading", "writing"]
 
@@ -69,7 +69,7 @@ class Database:
         """Run work that changes nothing, in one transaction.
 
         Raises:
-            UnavailableError: the database does not answer.
+            StorageError: the database does not answer.
         """
         return _retried(self._readers, work)
 
@@ -77,7 +77,7 @@ class Database:
         """Run work in one transaction, which no other writing one overlaps.
 
         Raises:
-            UnavailableError: the database does not answer, is locked, full or read-only. When its
+            StorageError: the database does not answer, is locked, full or read-only. When its
                 answer was lost, the change may have been made.
         """
         return _retried(self._writers, work)
@@ -149,7 +149,7 @@ def _translated(error: SQLAlchemyError) -> Exception:
             f"expected a change that the store's tables allow; the database refused it ({name}); "
             "this is a mistake in the program; report it"
         )
-    return UnavailableError(
+    return StorageError(
         f"expected the store's database to do its work; it did not ({name}); check that it runs, "
         "may be written, has room left and is not locked by another program; then try again"
     )

@@ -127,6 +127,25 @@ def test_readiness_follows_each_check(broken: int) -> None:
     assert [said for said in health.history if said[0] == LIVENESS] == [(LIVENESS, SERVING)]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "hunter2"), ValueError("hunter2")])
+def test_an_error_that_nobody_expected_is_a_problem_too_and_the_watch_goes_on(
+    error: Exception,
+) -> None:
+    check = Checked()
+
+    async def test(health: Recorded) -> None:
+        await soon(ready(health))
+        check.problem = error  # type: ignore[assignment]
+        await soon(not_ready(health))
+        check.problem = None
+        await soon(ready(health))
+
+    with structlog.testing.capture_logs() as log:
+        while_serving(test, check)
+    assert f"failed with {type(error).__name__}" in str(log)
+    assert "hunter2" not in str(log)
+
+
 def test_a_program_that_starts_broken_is_alive_and_not_ready() -> None:
     check = Checked()
     check.problem = ConfigurationError("expected an enrolment; it is gone")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import cohort
 import pytest
-from holding import Holder, Judged, digests_of, flipped, holding, pieces, summed
+from holding import Holder, Judged, digests_of, flipped, holding, summed
 from key_holders import durable_rounds
 from serving import LoopThread, loop_thread
 
 from secagg import audit
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ClosedError, ContextError, MalformedError, ReleaseError, SealError
-from secagg.noise_audit import masked
-from secagg.residues import narrow, widen
+from secagg.noise_audit import dithered, low_to_bytes
+from secagg.residues import widen
 from secagg.upload import Upload
 from secagg.wire import codec
 from secagg.wire.v1 import key_holder_service_pb2 as pb
@@ -57,9 +57,9 @@ def judge_all(holder: Holder, count: int = 4) -> Judged:
     return Judged(context, uploads)
 
 
-def refuse_once(holder: Holder, judged: Judged) -> None:
+def refuse_once(holder: Holder, judged: Judged, place: int = 0) -> None:
     with pytest.raises(ReleaseError):
-        holder.release(judged.context, judged.digests, flipped(judged.data))
+        holder.release(judged.context, judged.digests, flipped(judged.data, place))
 
 
 # --- after a restart ----------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_restart_does_not_forgive_a_refusal(start: Start) -> None:
         judged = judge_all(holder)
         refuse_once(holder, judged)
     with start() as holder:
-        refuse_once(holder, judged)
+        refuse_once(holder, judged, place=1)
         with pytest.raises(ClosedError):
             holder.release(judged.context, judged.digests, judged.data)
     with start() as holder, pytest.raises(ClosedError):
@@ -254,8 +254,8 @@ def doubted(holder: Holder) -> Judged:
     return judged
 
 
-def hidden(context: RoundContext, upload: Upload) -> bytes:
-    return narrow(masked(context.plan, widen(upload.payload, context.plan.blocks)))
+def low_bits(context: RoundContext, upload: Upload) -> bytes:
+    return low_to_bytes(dithered(context.plan, widen(upload.payload, context.plan.blocks)))
 
 
 def named(context: ContextId, digest: bytes) -> pb.AuditNoiseRequest:
@@ -264,11 +264,12 @@ def named(context: ContextId, digest: bytes) -> pb.AuditNoiseRequest:
 
 
 def chunks(data: bytes) -> list[pb.AuditNoiseRequest]:
-    return [pb.AuditNoiseRequest(residues=request.residues) for request in pieces(data)]
+    indexes = range(codec.piece_count(len(data)))
+    return [pb.AuditNoiseRequest(low_bits=codec.piece(data, index)) for index in indexes]
 
 
 def audited(holder: Holder, judged: Judged, index: int) -> tuple[int, str]:
-    data = hidden(judged.context, judged.uploads[index])
+    data = low_bits(judged.context, judged.uploads[index])
     return holder.audit([named(judged.context.id, judged.digests[index]), *chunks(data)])
 
 
@@ -287,7 +288,7 @@ def test_an_upload_off_the_grid_is_named_and_the_others_are_summed(
     holder: Holder, doubted: Judged
 ) -> None:
     bad = off_the_grid(doubted.uploads[3], doubted.context)
-    data = hidden(doubted.context, bad)
+    data = low_bits(doubted.context, bad)
     request = named(doubted.context.id, doubted.digests[3])
     assert holder.audit([request, *chunks(data)]) == (REJECTED, "OFF_GRID")
     assert [audited(holder, doubted, index) for index in range(3)] == [GOOD] * 3
@@ -308,7 +309,7 @@ def test_a_finding_stands_whatever_is_sent_afterwards_and_after_a_restart(start:
         judged = judge_all(holder)
         refuse_once(holder, judged)
         name = named(judged.context.id, judged.digests[0])
-        bad = hidden(judged.context, off_the_grid(judged.uploads[0], judged.context))
+        bad = low_bits(judged.context, off_the_grid(judged.uploads[0], judged.context))
         assert holder.audit([name, *chunks(bad)]) == (REJECTED, "OFF_GRID")
         assert audited(holder, judged, 0) == (REJECTED, "OFF_GRID")
         assert audited(holder, judged, 1) == GOOD
@@ -337,34 +338,28 @@ def test_an_upload_that_was_not_accepted_cannot_be_audited(holder: Holder, doubt
     holder.judge(doubted.context, [bad])
     for upload in (bad, cohort.encrypted(doubted.context, 5)):
         (digest,) = digests_of([upload])
-        data = hidden(doubted.context, upload)
+        data = low_bits(doubted.context, upload)
         with pytest.raises(SealError, match="admitted"):
             holder.audit([named(doubted.context.id, digest), *chunks(data)])
 
 
-# Streams that are none: of the first message, the ciphertexts, and what becomes of both.
-Stream = Callable[[pb.AuditNoiseRequest, list[pb.AuditNoiseRequest]], list[pb.AuditNoiseRequest]]
-STREAMS: dict[str, Stream] = {
+Part = pb.AuditNoiseRequest
+# Streams that are none: of the first message, the low bits, and what becomes of both.
+STREAMS: dict[str, Callable[[Part, bytes], list[Part]]] = {
     "nothing": lambda _name, _data: [],
-    "nothing in it": lambda _name, _data: [pb.AuditNoiseRequest()],
-    "no name": lambda _name, data: data,
-    "no ciphertexts": lambda name, _data: [name],
-    "the name last": lambda name, data: [*data, name],
-    "the name twice": lambda name, data: [name, name, *data],
-    "the name at the end too": lambda name, data: [name, *data, name],
-    "an empty message between": lambda name, data: [name, pb.AuditNoiseRequest(), *data],
-    "the ciphertexts twice": lambda name, data: [name, *data, *data],
-    "a byte more": lambda name, data: [name, *data, pb.AuditNoiseRequest(residues=b"\0")],
-    "a residue less": lambda name, data: [
-        name, pb.AuditNoiseRequest(residues=data[0].residues[7:])
-    ],
-    "a byte less": lambda name, data: [name, pb.AuditNoiseRequest(residues=data[0].residues[1:])],
-    "a residue of q": lambda name, data: [
-        name,
-        pb.AuditNoiseRequest(residues=cohort.ABOVE_MODULUS + data[0].residues[7:]),
-        *data[1:],
-    ],
-}  # fmt: skip
+    "nothing in it": lambda _name, _data: [Part()],
+    "no name": lambda _name, data: chunks(data),
+    "no low bits": lambda name, _data: [name],
+    "the name last": lambda name, data: [*chunks(data), name],
+    "the name twice": lambda name, data: [name, name, *chunks(data)],
+    "the name at the end too": lambda name, data: [name, *chunks(data), name],
+    "an empty message between": lambda name, data: [name, Part(), *chunks(data)],
+    "the low bits twice": lambda name, data: [name, *chunks(data), *chunks(data)],
+    "a byte more": lambda name, data: [name, *chunks(data), Part(low_bits=b"\0")],
+    "a number less": lambda name, data: [name, *chunks(data[4:])],
+    "a byte less": lambda name, data: [name, *chunks(data[1:])],
+    "a number beyond the grid": lambda name, data: [name, *chunks(b"\xff" * 4 + data[4:])],
+}
 
 
 @pytest.mark.parametrize("case", STREAMS)
@@ -372,7 +367,7 @@ def test_a_malformed_audit_is_refused_and_finds_nothing(
     case: str, holder: Holder, doubted: Judged
 ) -> None:
     name = named(doubted.context.id, doubted.digests[0])
-    data = chunks(hidden(doubted.context, doubted.uploads[0]))
+    data = low_bits(doubted.context, doubted.uploads[0])
     with pytest.raises(MalformedError):
         holder.audit(STREAMS[case](name, data))
     assert audited(holder, doubted, 0) == GOOD
@@ -380,7 +375,7 @@ def test_a_malformed_audit_is_refused_and_finds_nothing(
 
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_a_name_of_the_wrong_size_is_malformed(holder: Holder, doubted: Judged, size: int) -> None:
-    data = chunks(hidden(doubted.context, doubted.uploads[0]))
+    data = chunks(low_bits(doubted.context, doubted.uploads[0]))
     with pytest.raises(MalformedError, match="upload_digest of 32 bytes"):
         holder.audit([named(doubted.context.id, bytes(size)), *data])
 
@@ -392,7 +387,7 @@ def test_nothing_is_audited_for_a_context_that_differs(
     holder: Holder, doubted: Judged, change: dict[str, object]
 ) -> None:
     context = replace(doubted.context.id, **change)  # type: ignore[arg-type]
-    data = chunks(hidden(doubted.context, doubted.uploads[0]))
+    data = chunks(low_bits(doubted.context, doubted.uploads[0]))
     with pytest.raises((ContextError, ClosedError)):
         holder.audit([named(context, doubted.digests[0]), *data])
 
@@ -405,7 +400,7 @@ def test_an_endless_audit_is_cut_off(holder: Holder, doubted: Judged) -> None:
         yield named(doubted.context.id, doubted.digests[0])
         while sent < 2000:
             sent += 1
-            yield pb.AuditNoiseRequest(residues=bytes(100_000))
+            yield pb.AuditNoiseRequest(low_bits=bytes(100_000))
 
     with pytest.raises(MalformedError, match="got more"):
         holder.audit(endless())

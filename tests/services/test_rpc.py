@@ -414,7 +414,7 @@ def test_whether_a_port_is_free_is_known_without_a_server(
 ) -> None:
     with (
         serving(thread, lambda _server: None) as address,
-        pytest.raises(ConfigurationError, match="free port; .* cannot be bound"),
+        pytest.raises(ConfigurationError, match=r"free port; .* cannot be bound"),
     ):
         channels.check_listenable(address, encrypted=encrypted)
     channels.check_listenable(address, encrypted=encrypted)
