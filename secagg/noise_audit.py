@@ -9,8 +9,9 @@ This works because q is 1 modulo 2**24: a wrap modulo q, of which the low bits k
 the noise by exactly one. Whether it has wrapped would tell the key holder on which side of a_j s
 the value lies, so the server *dithers*: it takes one from a coefficient c with probability c / q.
 What is left to see is, on average, a gentle slope in the value, and lost in the error: see
-docs/cipher.md for what it is worth. Errors of honest clients lie in [-21, 21], hence what an audit
-sees of them in [-22, 23].
+docs/cipher.md for what it is worth. Who can open the sum knows what all errors add up to, and with
+it what all dithers do, so the server *covers* them with a little noise of its own. Errors of honest
+clients lie in [-21, 21], hence what an audit sees of them in [-24, 25].
 
 Noise is all an audit can judge. It cannot see a value beyond the planned range, nor many clients
 whose errors within the limit all push one way.
@@ -38,8 +39,10 @@ __all__ = [
     "off_grid",
 ]
 
-LOWEST, HIGHEST = -CBD_BITS - 1, CBD_BITS + 2
-"""Noise in between passes: an honest error, less one for the dither, and up to two wraps."""
+_COVER = 2  # the server's own noise: four fair bits, less their mean
+
+LOWEST, HIGHEST = -CBD_BITS - 1 - _COVER, CBD_BITS + 2 + _COVER
+"""Noise in between passes: an honest error, less one for the dither, up to two wraps, the cover."""
 
 LOW_BYTES = 4
 """Bytes of one coefficient's low bits on the wire."""
@@ -48,13 +51,13 @@ LOW_BYTES = 4
 def dithered(
     plan: Plan, residues: NDArray[np.uint64], randomness: Stream | None = None
 ) -> NDArray[np.uint32]:
-    """The low bits of an upload's coefficients, at most 24 of 56, dithered.
+    """The low bits of an upload's coefficients, at most 24 of 56, dithered and covered.
 
     Args:
         plan: what the upload consists of.
         residues: uint64 of shape (plan.blocks, 4096): one upload's ciphertexts, below q.
-        randomness: source of the dither; the operating system when omitted. A seeded stream is for
-            tests only.
+        randomness: source of dither and cover; the operating system when omitted. A seeded stream
+            is for tests only.
 
     Returns:
         uint32 of the same shape, each below its layout's 2**shift. Once an upload: further copies
@@ -70,16 +73,25 @@ def dithered(
     low = np.empty(residues.shape, dtype=np.uint32)
     for shift, part in _parts(plan):
         coefficients = _lifted(ring.from_ntt(residues[part]))
-        taken = uniform_polynomials(stream, part.stop - part.start) < coefficients
-        low[part] = (coefficients - taken) & np.uint64((1 << shift) - 1)
+        taken = uniform_polynomials(stream, len(coefficients)) < coefficients
+        moved = coefficients - taken + _cover(stream, len(coefficients))
+        low[part] = moved & np.uint64((1 << shift) - 1)
     return low
+
+
+def _cover(stream: Stream, blocks: int) -> NDArray[np.uint64]:
+    """Binomial noise of variance 1 in [-2, 2]; negative numbers modulo 2**64."""
+    octets = np.frombuffer(stream.read(blocks * RING_DEGREE), dtype=np.uint8)
+    bits = np.bitwise_count(octets & np.uint8((1 << 2 * _COVER) - 1))
+    noise: NDArray[np.uint64] = bits.astype(np.uint64) - np.uint64(_COVER)
+    return noise.reshape(blocks, RING_DEGREE)
 
 
 def off_grid(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> bool:
     """Whether some coefficient of an upload carries noise that no honest client adds.
 
-    Never named: an honest upload. Named for certain: an error of 25 or more on any coefficient,
-    whatever value it sits on. In between it depends on the dither.
+    Never named: an honest upload. Named for certain: an error of 29 or more on any coefficient,
+    whatever value it sits on. In between it depends on the dither and the cover.
 
     Args:
         plan: what the upload consists of.

@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 _REACHED = "DNS name or IP address of "
-_REPEATABLE = f"repeatable; else {' and '.join(DEFAULT_HOSTS)}"
+_REPEATABLE = f"repeatable; {' and '.join(DEFAULT_HOSTS)} come with it, for health checks"
 
 FolderArgument = Annotated[Path, typer.Argument(help="folder of the federation")]
 NameArgument = Annotated[str, typer.Argument(help="the party's name")]
@@ -70,8 +70,8 @@ def init(
     shares = None if custodians is None or threshold is None else (threshold, custodians)
     federation = Federation.create(
         folder,
-        server_hosts=server_host or DEFAULT_HOSTS,
-        key_holder_hosts=key_holder_host or DEFAULT_HOSTS,
+        server_hosts=_with_local(server_host),
+        key_holder_hosts=_with_local(key_holder_host),
         clients=[*(client or []), *(f"client-{number}" for number in range(1, clients + 1))],
         operators=operator or ("admin",),
         days=days,
@@ -250,3 +250,7 @@ def _say_lists(federation: Federation) -> None:
 def _say_pins(federation: Federation) -> None:
     file = federation.kit(SERVER) / "key_holder.pub"
     _wrote(file, "copy it into the kits of the server and of every client")
+
+
+def _with_local(hosts: list[str] | None) -> list[str]:
+    return list(dict.fromkeys([*(hosts or ()), *DEFAULT_HOSTS]))

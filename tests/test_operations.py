@@ -45,7 +45,8 @@ def test_the_walk_through_runs_from_an_empty_folder_to_the_end(tmp_path: Path) -
         "SECAGG_OPERATOR_ADMIN": admin,
         "SECAGG_CLIENT_SERVER": client,
     }
-    script = "\n".join(["set -e", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *commands()])
+    ending = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
+    script = "\n".join(["set -e", ending, *commands()])
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,

@@ -11,7 +11,13 @@ import re
 from pathlib import Path
 
 from secagg.context import ContextId
-from secagg.errors import ClosedError, ContextError, MalformedError, ReceiptError
+from secagg.errors import (
+    ClosedError,
+    ConfigurationError,
+    ContextError,
+    MalformedError,
+    ReceiptError,
+)
 from secagg.private_files import write
 from secagg.upload import Upload
 from secagg.wire.codec import admission_from_wire, admission_to_wire, parse
@@ -35,12 +41,22 @@ class Outbox:
         self._prefix = f"upload-{task_id}"
 
     def save(self, upload: Upload) -> None:
-        """Keep an upload, and drop those of earlier rounds."""
+        """Keep an upload, and drop those of earlier rounds.
+
+        Raises:
+            ConfigurationError: the folder cannot be written; the upload must not be sent.
+        """
         context = upload.admission.receipt.context
         admission = admission_to_wire(upload.admission).SerializeToString()
         data = len(admission).to_bytes(_LENGTH_BYTES, "little") + admission + upload.payload
         file = self._file((context.round_number, context.attempt))
-        write(file, data)
+        try:
+            write(file, data)
+        except OSError as error:
+            raise ConfigurationError(
+                f"expected a writable folder for uploads; {self._folder}: {error.strerror}; "
+                "nothing was sent"
+            ) from None
         for other in self._rounds():
             if self._file(other) != file:
                 self._file(other).unlink()

@@ -87,16 +87,19 @@ async def serve_until_stopped(
     healths: list[Health],
     on_stop: Callable[[], Awaitable[None]],
     checks: Sequence[Check] = (),
+    announce: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve started servers until a signal comes, then drain them and clean up.
 
     Args:
         checks: what must work for the program to be ready.
+        announce: called once signals are heeded.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    announce()
     for servicer in healths:
         await servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
     watch = asyncio.create_task(_watch(healths, checks))

@@ -72,8 +72,10 @@ async def _serve(settings: KeyHolderSettings, opened: Opened) -> None:
     addresses = {"listen": channels.add_listener(server, settings.listen, opened.kit)}
     await server.start()
     _LOG.info("listening", **addresses)
-    if settings.ready_file:
-        write_ready_file(settings.ready_file, addresses)
+
+    def announce() -> None:
+        if settings.ready_file:
+            write_ready_file(settings.ready_file, addresses)
 
     async def ready() -> None:
         await asyncio.to_thread(ledger.ping)
@@ -85,6 +87,6 @@ async def _serve(settings: KeyHolderSettings, opened: Opened) -> None:
     async def on_stop() -> None:
         """Calls in flight end first; see `serve_until_stopped`."""
 
-    await serve_until_stopped([server], healths, on_stop, [ready])
+    await serve_until_stopped([server], healths, on_stop, [ready], announce)
     workers.close()
     ledger.close()

@@ -175,6 +175,8 @@ def _check_count(digests: list[bytes], plan: Plan) -> None:
 
 
 def _append(data: bytearray, chunk: bytes, expected: int) -> None:
+    if not chunk:  # would keep a stream going for nothing
+        raise MalformedError("expected some bytes in every message; got an empty one")
     if len(data) + len(chunk) > expected:
         raise MalformedError(f"expected {expected} bytes in all; got more")
     data += chunk

@@ -94,8 +94,10 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
     await admin.start()
     tidy = asyncio.create_task(keep_tidy(store, blobs, clock, settings.retain_days))
     _LOG.info("listening", **addresses)
-    if settings.ready_file:
-        write_ready_file(settings.ready_file, addresses)
+
+    def announce() -> None:
+        if settings.ready_file:
+            write_ready_file(settings.ready_file, addresses)
 
     async def on_stop() -> None:
         tidy.cancel()
@@ -103,7 +105,7 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
         await key_holder.close()
 
     checks = _checks(store, blobs, key_holder, opened)
-    await serve_until_stopped([public, admin], healths, on_stop, checks)
+    await serve_until_stopped([public, admin], healths, on_stop, checks, announce)
     workers.close()
     store.close()
 

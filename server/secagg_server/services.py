@@ -365,6 +365,8 @@ async def _model_bytes(
     async for request in requests:
         if request.WhichOneof("part") != "model_data":
             raise MalformedError("expected the initial model after the specification")
+        if not request.model_data:  # would keep a stream going for nothing
+            raise MalformedError("expected some bytes in every message; got an empty one")
         if len(received) + len(request.model_data) > spec.model_bytes:
             raise MalformedError(f"expected an initial model of {spec.model_bytes} bytes; got more")
         received += request.model_data

@@ -80,7 +80,7 @@ def refused(holder: KeyHolder, aggregate: Aggregate, error: type[SecaggError]) -
     with pytest.raises(error):
         holder.release(aggregate)
     # Refusals are limited; the limit has a test of its own.
-    holder._refusals = 0
+    holder.refusals = 0
 
 
 def test_a_second_sum_that_does_not_open_closes_the_round_for_good(
@@ -88,11 +88,22 @@ def test_a_second_sum_that_does_not_open_closes_the_round_for_good(
 ) -> None:
     # Each refusal tells the server one bit about noise: there must be no more than two.
     good, bad = forged(holder, uploads, uploads), forged(holder, uploads, uploads[1:])
-    for _ in range(2):
+    for sums in (bad, forged(holder, uploads, uploads[:-1])):
         with pytest.raises(ReleaseError):
-            holder.release(bad)
+            holder.release(sums)
     with pytest.raises(ClosedError):
         holder.release(good)
+
+
+def test_a_refusal_whose_answer_was_lost_counts_once(
+    holder: KeyHolder, uploads: list[Upload]
+) -> None:
+    good, bad = forged(holder, uploads, uploads), forged(holder, uploads, uploads[1:])
+    for _ in range(5):
+        with pytest.raises(ReleaseError):
+            holder.release(bad)
+    assert holder.refusals == 1
+    assert holder.release(good).contributors == len(uploads)
 
 
 def test_after_one_sum_that_does_not_open_the_right_one_still_does(

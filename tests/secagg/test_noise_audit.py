@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,8 +15,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from secagg import ckks, noise_audit, ring
-from secagg.errors import InputError, ReleaseError
-from secagg.noise_audit import LIMIT, masked, off_grid
+from secagg.errors import InputError, MalformedError, ReleaseError
+from secagg.noise_audit import (
+    HIGHEST,
+    LOWEST,
+    dithered,
+    low_from_bytes,
+    low_to_bytes,
+    off_grid,
+)
 from secagg.packing import pack, unpack
 from secagg.parameters import (
     MODULUS,
@@ -32,6 +39,10 @@ from secagg.residues import ResidueSum
 from secagg.sampling import CBD_BITS, Stream, centred_binomial, ternary, uniform_polynomials
 
 Coefficients = NDArray[np.int64]
+Low = NDArray[np.uint32]
+
+NAMED = 29
+"""The smallest error that no dither and no cover hide."""
 
 
 def mixed(shifts: tuple[int, ...] = ()) -> Plan:
@@ -90,20 +101,35 @@ def shifts(plan: Plan) -> Coefficients:
     return np.repeat([layout.shift for layout in plan.layouts], counts)[:, None]
 
 
-def audited(plan: Plan, plaintext: Coefficients, randomness: Stream) -> Coefficients:
-    """What the key holder opens: masking in NTT form does not care which key lies over it."""
-    return ring.from_ntt(masked(plan, ring.to_ntt(plaintext), randomness))
+def centred(values: NDArray[np.integer]) -> Coefficients:
+    """Modulo q, in (-q/2, q/2)."""
+    half = MODULUS // 2
+    return (values.astype(np.int64) + half) % MODULUS - half
+
+
+def masks(plan: Plan, *seed: int) -> Coefficients:
+    """What a_j s is to everybody but the client: uniform modulo q."""
+    return centred(uniform_polynomials(stream("mask", *seed), plan.blocks))
+
+
+def sent(plan: Plan, plaintext: Coefficients, mask: Coefficients, randomness: Stream) -> Low:
+    return dithered(plan, ring.to_ntt(centred(plaintext - mask)), randomness)
 
 
 def named(plan: Plan, plaintext: Coefficients, *seed: int) -> bool:
-    return off_grid(plan, audited(plan, plaintext, stream(*seed)))
+    mask = masks(plan, *seed)
+    return off_grid(plan, sent(plan, plaintext, mask, stream("dither", *seed)), mask)
 
 
-def split(plan: Plan, opened: Coefficients) -> tuple[Coefficients, Coefficients]:
-    """Grid values and noise of opened coefficients."""
-    shift = shifts(plan)
-    grid = (opened + (1 << (shift - 1))) >> shift
-    return grid, opened - (grid << shift)
+def beside_grid(plan: Plan, values: Coefficients) -> Coefficients:
+    """What lies beside the grid."""
+    half = 1 << (shifts(plan) - 1)
+    return (values + half) % (2 * half) - half
+
+
+def seen(plan: Plan, plaintext: Coefficients, mask: Coefficients, randomness: Stream) -> Coefficients:
+    """The noise that the key holder finds."""
+    return beside_grid(plan, sent(plan, plaintext, mask, randomness) + mask % MODULUS)
 
 
 # --- what makes it work ---------------------------------------------------------------------------
@@ -116,34 +142,92 @@ def test_the_modulus_is_one_on_every_grid_a_planner_can_make() -> None:
             assert 7 <= layout.shift <= 24
             assert MODULUS % (1 << layout.shift) == 1
             # The window of noise that passes leaves most of the grid to be named.
-            assert 1 << layout.shift > 2 * LIMIT
+            assert 1 << layout.shift > 2 * NAMED
 
 
-def test_the_limit_is_the_largest_error_and_one_wrap() -> None:
-    assert LIMIT == CBD_BITS + 1 == 22
+def test_the_window_is_the_largest_error_with_dither_wraps_and_cover() -> None:
+    assert (LOWEST, HIGHEST) == (-CBD_BITS - 1 - 2, CBD_BITS + 2 + 2) == (-24, 25)
+
+
+def always(value: int) -> Callable[[Stream, int], NDArray[np.uint64]]:
+    return lambda _stream, blocks: np.full((blocks, 4096), value, np.uint64)
+
+
+def without_cover(monkeypatch: pytest.MonkeyPatch, noise: int = 0) -> None:
+    monkeypatch.setattr(noise_audit, "_cover", always(noise % 2**64))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "coefficient", "taken"),
+    [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 1, 0),
+        (2**55 - 1, 2**55, 1),
+        (2**55, 2**55, 0),
+        (MODULUS - 2, MODULUS - 1, 1),
+        (MODULUS - 1, MODULUS - 1, 0),
+    ],
+)
+def test_one_is_taken_with_probability_of_exactly_coefficient_over_q(
+    drawn: int, coefficient: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of q equally likely draws, those below the coefficient take one.
+    without_cover(monkeypatch)
+    monkeypatch.setattr(noise_audit, "uniform_polynomials", always(drawn))
+    plan = PLANS["smallest grid"]
+    low = sent(plan, np.full((1, 4096), coefficient), np.zeros((1, 4096), np.int64), stream())
+    assert set(np.unique(low)) == {(coefficient - taken) % (1 << plan.layouts[0].shift)}
+
+
+anything = st.integers(-(MODULUS // 2), MODULUS // 2)
+
+
+@settings(deadline=None, max_examples=200)
+@given(plan=any_plan, plaintext=anything | st.integers(-30, 30), mask=anything)
+def test_what_is_seen_is_noise_and_a_fair_rounding_of_mask_less_value(
+    plan: Plan, plaintext: int, mask: int
+) -> None:
+    """Exact, on the real modulus: the whole law of what the key holder sees, cover aside."""
+    x = Fraction(mask % MODULUS - plaintext, MODULUS)
+    below, above = x.__floor__(), x.__ceil__()
+    shape = (plan.blocks, 4096)
+    full, masked = np.full(shape, plaintext), np.full(shape, mask)
+    noise = beside_grid(plan, full)
+    with pytest.MonkeyPatch.context() as patch:
+        without_cover(patch)
+        for drawn, rounded in ((0, below), (MODULUS - 1, above)):
+            patch.setattr(noise_audit, "uniform_polynomials", always(drawn))
+            told = seen(plan, full, masked, stream())
+            assert not beside_grid(plan, told - noise - rounded).any()
+    # And down is drawn as often as a fair rounding goes down.
+    assert Fraction((plaintext - mask) % MODULUS, MODULUS) == above - x
+
+
+def test_the_cover_is_four_fair_bits_less_two() -> None:
+    # Nothing is taken from a coefficient of zero.
+    plan = PLANS["a million clients"]
+    plan = replace(plan, layouts=(replace(plan.layouts[0], values=4096 * 50),))
+    low = dithered(plan, np.zeros((plan.blocks, 4096), np.uint64), stream("cover"))
+    counts = np.bincount(beside_grid(plan, low.astype(np.int64)).reshape(-1) + 2)
+    expected = np.array([1, 4, 6, 4, 1]) / 16 * counts.sum()
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
 
 
 @every_plan
-def test_a_mask_is_a_multiple_of_the_grid_and_wraps_take_one_from_the_noise(plan: Plan) -> None:
-    noise = errors(plan, 1)
-    _, seen = split(plan, audited(plan, random_update(plan, 1) + noise, stream(1)))
-    assert set(np.unique(seen - noise)) == {0, -1}
-
-
-@pytest.mark.parametrize("shift", [7, 10, 16, 24])
-def test_every_mask_below_the_top_of_the_ring_can_be_drawn(
-    shift: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_on_average_it_shows_mask_less_value_over_q_and_nothing_else(
+    plan: Plan, sign: int, share: float
 ) -> None:
-    # What the stream yields, down to its extremes, as the mask it becomes; q - 1 becomes zero.
-    top = (MODULUS - 1) - (1 << shift)
-    cases = {0: 0, (1 << shift) - 1: 0, 1 << shift: 1 << shift, MODULUS - 2: top, MODULUS - 1: 0}
-    plan = plan_integers(1, max_clients=3, max_abs=1)
-    plan = replace(plan, layouts=(replace(plan.layouts[0], shift=shift),))
-    drawn = np.zeros((1, 4096), dtype=np.uint64)
-    drawn[0, : len(cases)] = list(cases)
-    monkeypatch.setattr(noise_audit, "uniform_polynomials", lambda _stream, _blocks: drawn)
-    opened = audited(plan, np.zeros((1, 4096), np.int64), stream())
-    assert (opened[0] % MODULUS)[: len(cases)].tolist() == list(cases.values())
+    """Means of errors that are known; deviation sqrt(1 + 1/4); false alarm 6e-5 a layout."""
+    mask = centred(np.full((plan.blocks, 4096), int(share * MODULUS)))
+    values, noise = constant(plan, sign), errors(plan, 1)
+    told = seen(plan, values + noise, mask, stream("mean")) - noise
+    expected = (mask % MODULUS - values) / MODULUS
+    for _, _, part in plan.block_ranges():
+        deviation = np.sqrt(1.25 / told[part].size)
+        assert abs((told[part] - expected[part]).mean()) < 4 * deviation
 
 
 # --- honest uploads are never named ---------------------------------------------------------------

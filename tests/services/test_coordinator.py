@@ -138,11 +138,11 @@ async def test_the_chunks_of_finished_and_aborted_rounds_are_removed(folder: Pat
         server.clock.advance(DEADLINE_S)
         await server.ended()
         current = await server.collecting(1, 2)
-        assert server.upload_files() == []
+        await server.tidied()
         server.send_all(current.context, range(3))
         server.clock.advance(DEADLINE_S)
         await server.task_ended()
-        assert server.upload_files() == []
+        await server.tidied()
         assert server.row(1, 2).state is RoundState.DONE
 
 
@@ -247,7 +247,7 @@ async def test_a_client_that_drops_out_after_announcing_changes_nothing(folder: 
         assert (row.state, row.contributors) == (RoundState.DONE, 3)
         sums = server.sums(current.context.plan, 1)
         exactly(sums, cohort.clear_sums(current.context, range(3)))
-        assert server.upload_files() == []
+        await server.tidied()
 
 
 @scenario
@@ -470,7 +470,7 @@ async def test_the_operator_ends_a_task_while_it_collects(folder: Path) -> None:
         row = server.store.task("task")
         assert (row.state, row.reason) == (TaskState.FAILED, "ABORTED: ended by the operator")
         assert server.row(1, 1).reason == "ABORTED: ended by the operator"
-        assert server.upload_files() == []
+        await server.tidied()
         assert server.key_holder.closed == [current.context]
         with pytest.raises(ClosedError):
             server.send_all(current.context, [2])

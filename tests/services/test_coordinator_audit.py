@@ -497,7 +497,7 @@ async def test_the_operator_ends_a_task_during_its_audit(folder: Path) -> None:
         await server.coordinator.abort("task")
         assert server.row(1, 1).state is RoundState.ABORTED
         assert key_holder.closed == [context]
-        assert server.upload_files() == []
+        await server.tidied()
         server.clock.advance(10 * DEADLINE_S)
         await breathe()
         assert len(server.store.rounds("task")) == 1

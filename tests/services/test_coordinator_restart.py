@@ -155,7 +155,7 @@ def test_the_next_process_finishes_the_round_with_the_very_sum(
             # Those of a task that ended in this very moment are left to the next sweep.
             assert bool(server.upload_files()) is (point == "finished")
             retention.sweep(server.store, server.blobs, EPOCH)
-            assert server.upload_files() == []
+            await server.tidied()
 
     asyncio.run(work())
 
@@ -254,7 +254,7 @@ async def test_an_interrupted_attempt_whose_uploads_are_too_few_is_aborted(folde
         server.clock.advance(DEADLINE_S)
         assert (await server.ended(1, 1)).reason.startswith("QUORUM_NOT_REACHED: ")
         await server.collecting(1, 2)
-        assert server.upload_files() == []
+        await server.tidied()
         assert key_holder.closed == [key_holder.contexts[0]]
 
 

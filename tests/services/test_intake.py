@@ -14,10 +14,7 @@ import numpy as np
 import pytest
 from desks import Desk, desk_for
 
-from secagg.errors import (
-    ClosedError,
-    MalformedError,
-)
+from secagg.errors import ClosedError, MalformedError, OverloadedError
 from secagg.parameters import BLOCK_BYTES, CHUNK_BYTES
 from secagg.residues import widen
 from secagg_server.blobs import BlobStore
@@ -269,7 +266,7 @@ def test_a_chunk_is_there_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OverloadedError, match="disk"):
         wide_desk.put(upload, 0)
     assert wide_desk.announce(upload) == (UploadState.RECEIVING, [0, 1, 2])
 
@@ -285,7 +282,7 @@ def test_a_failed_write_leaves_no_file_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OverloadedError, match="disk"):
         wide_desk.put(upload, 0)
     assert wide_desk.files() == []
 

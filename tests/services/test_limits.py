@@ -409,11 +409,20 @@ def test_a_sum_before_its_manifest_is_cut_at_once(made: Site) -> None:
     assert sent.asked <= 1 + AHEAD
 
 
-def test_a_stream_of_nothing_is_cut_by_its_deadline(
+def test_a_stream_of_nothing_is_cut_at_once(made: Site) -> None:
+    context = opened(made)
+    sent = Endless(manifest(context, [bytes(32)]), residues(0), at_most=10**9)
+    error = streamed(made.key_holder, kit(made.federation, "server"), releasing, sent)
+    assert type(error) is MalformedError
+    assert "empty" in str(error)
+    assert sent.asked <= 2 + AHEAD
+
+
+def test_a_manifest_without_end_is_cut_by_its_deadline(
     made: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DEADLINES_S, "Release", 0.2)
     context = opened(made)
-    sent = Endless(manifest(context, [bytes(32)]), residues(0), at_most=10**9)
+    sent = Endless(manifest(context, [bytes(32)]), manifest(context, []), at_most=10**9)
     error = streamed(made.key_holder, kit(made.federation, "server"), releasing, sent)
     assert type(error) is UnavailableError

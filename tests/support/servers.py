@@ -137,6 +137,10 @@ class Server:
         """A stored model version."""
         return np.frombuffer(self.blobs.model("task", version), "<f4")
 
+    async def tidied(self) -> None:
+        """Wait until no chunk is left: they go just after a round has ended."""
+        await soon(lambda: self.upload_files() == [])
+
     def upload_files(self) -> list[Path]:
         """Every chunk on the disk."""
         return [path for path in (self.folder / "uploads").rglob("*") if path.is_file()]
