@@ -2,8 +2,8 @@
 
 Not one of these is a fault of the cipher: a sum is what was agreed to be told, and sums tell. They
 are for whoever decides on cohorts, on the number of rounds, and on whom to enrol. Two more are with
-their attacks: snapshots of the round keys (`test_rollback_attack`) and what an audit hints at in a
-small cohort (`test_wrap_leak_attack`).
+their attacks: snapshots of the round keys (`test_rollback_attack`) and what an audit hints at where
+a plan fills its coefficients (`test_wrap_leak_attack`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attacker import Integers, enrolment, name_of, named, residues, signer, summed, upload_under
+from attacker import (
+    Integers,
+    enrolment,
+    key_of,
+    name_of,
+    named,
+    read,
+    residues,
+    signer,
+    summed,
+    upload_under,
+)
 from key_holders import AUDIT_KEY, durable_rounds
 
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ReleaseError
-from secagg.noise_audit import masked
+from secagg.noise_audit import dithered
+from secagg.parameters import MODULUS
 from secagg.planner import plan_integers
 from secagg.upload import Upload
 from secagg.wire.codec import sums_from_bytes
@@ -96,6 +108,17 @@ def test_a_restored_key_holder_opens_a_round_anew_that_was_released_since_the_ba
     assert np.array_equal(first - second, values("victim"))
 
 
+def test_a_key_holder_that_names_a_client_falsely_reads_what_it_sent(tmp_path: Path) -> None:
+    # It says that the sum did not open, and that the victim is off the grid. The server sends the
+    # sum of the others next, and the two sums differ by one upload, to which it has the key.
+    rounds = started(tmp_path)
+    context = rounds.open(PLAN, "task", 1, 1, MODEL)[0]
+    sent = uploads(context, NAMES)
+    difference = (summed(sent) + np.uint64(MODULUS) - summed(sent[1:])) % np.uint64(MODULUS)
+    (read_off,) = read(context, key_of([named("seed", "victim", "1.1")]), difference)
+    assert np.array_equal(read_off, values("victim"))
+
+
 def test_everybody_but_the_victim_conspiring_know_what_the_victim_sent(tmp_path: Path) -> None:
     rounds = started(tmp_path)
     context = rounds.open(PLAN, "task", 1, 1, MODEL)[0]
@@ -120,7 +143,7 @@ def test_a_value_out_of_range_stops_rounds_unnamed_and_never_bends_a_sum(
     with pytest.raises(ReleaseError):
         rounds.release(context.id, names, summed(sent))
     verdicts = [
-        rounds.audit(context.id, name, masked(PLAN, residues(each)))
+        rounds.audit(context.id, name, dithered(PLAN, residues(each)))
         for name, each in zip(names, sent, strict=True)
     ]
     assert verdicts == [""] * 4

@@ -4,10 +4,10 @@ Broken: no guard at all, where whatever comes is rounded and the sum bends; and 
 the sum but names nobody, so that one client ends every round for everybody (a denial of service
 that costs it one upload a round). Willow (eprint 2024/936) has the clients prove their noise.
 
-Ours opens each upload's noise under a mask over its values (`noise_audit`), once a refusal has
-shown that somebody is off: the client is named, whatever it chose, and the sum over the others is
-exact. Below the audit's limit a client is honest by definition; the tests show what conspirators
-can do there, which is to stop a round, and never to bend it.
+Ours looks at each upload's noise beside its values (`noise_audit`), once a refusal has shown that
+somebody is off: the client is named, whatever it chose, and the sum over the others is exact.
+Within the audit's window a client is honest by definition; the tests show what conspirators can do
+there, which is to stop a round, and never to bend it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from secagg.aggregator import Aggregate
 from secagg.context import NO_MODEL, RoundContext
 from secagg.errors import ClosedError, OffGridError, ReleaseError, SealError
 from secagg.keyholder import KeyHolder
-from secagg.noise_audit import LIMIT, masked
+from secagg.noise_audit import HIGHEST, LOWEST, dithered
 from secagg.parameters import MODULUS
 from secagg.planner import plan_integers
 from secagg.sampling import CBD_BITS, Stream
@@ -151,12 +151,12 @@ def released(rounds: Rounds, context: RoundContext, sent: list[Upload]) -> Integ
 
 
 def audited(rounds: Rounds, context: RoundContext, sent: list[Upload]) -> list[str]:
-    """What the server does after a refusal: show each upload under a mask of its own."""
+    """What the server does after a refusal: show the dithered low bits of each upload."""
     return [
         rounds.audit(
             context.id,
             name_of(each),
-            masked(PLAN, residues(each), Stream.derive("mask", context.id.round_number, index)),
+            dithered(PLAN, residues(each), Stream.derive("dither", context.id.round_number, index)),
         )
         for index, each in enumerate(sent)
     ]
@@ -241,4 +241,4 @@ def test_many_conspirators_within_the_limit_can_stop_a_round_and_never_bend_it(
 
 def test_the_guard_lies_between_what_passes_and_what_bends() -> None:
     # A sum moves to another value only from half a step on; it is refused from the guard on.
-    assert LIMIT < LAYOUT.guard < HALF
+    assert max(-LOWEST, HIGHEST) < LAYOUT.guard < HALF

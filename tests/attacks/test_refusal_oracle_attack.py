@@ -36,7 +36,7 @@ from secagg import ring
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ReleaseError, SealError
 from secagg.keyholder import MAX_REFUSALS, KeyHolder
-from secagg.noise_audit import masked
+from secagg.noise_audit import dithered
 from secagg.parameters import MODULUS
 from secagg.planner import plan_integers
 from secagg.receipts import Receipt
@@ -48,6 +48,8 @@ SIZE, CLIENTS = 50, 5
 PLAN = plan_integers(SIZE, max_clients=6, max_abs=100)
 (LAYOUT,) = PLAN.layouts
 MODEL = b"m" * 32
+NAMED = 60
+"""Moved by so much, no honest error is within the window any more."""
 
 
 def values(client: int) -> Integers:
@@ -222,8 +224,9 @@ def test_ours_audits_an_upload_once_whatever_is_sent_with_it(
     context, sent = admitted(rounds)
     name = name_of(sent[0])
     assert asked(rounds, context, sent, summed(sent[1:])).startswith(ReleaseError.reason)
-    honest = masked(PLAN, summed(sent[:1]), Stream(bytes(32)))
-    probes = [honest] + [moved(honest, index, 30) for index in range(6)]
+    upload = summed(sent[:1])
+    changed = [upload] + [moved(upload, index, NAMED) for index in range(6)]
+    probes = [dithered(PLAN, probe, Stream(bytes(32))) for probe in changed]
     if not first_answer:
         probes.reverse()
     found = [rounds.audit(context.id, name, probe) for probe in probes]
@@ -236,7 +239,7 @@ def test_ours_audits_an_upload_once_whatever_is_sent_with_it(
 
 def test_ours_audits_nobody_before_a_sum_was_refused_or_after_the_round(rounds: Rounds) -> None:
     context, sent = admitted(rounds)
-    probe = masked(PLAN, summed(sent[:1]), Stream(bytes(32)))
+    probe = dithered(PLAN, summed(sent[:1]), Stream(bytes(32)))
     with pytest.raises(ClosedError):
         rounds.audit(context.id, name_of(sent[0]), probe)
     for _ in range(2):

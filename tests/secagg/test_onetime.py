@@ -36,6 +36,15 @@ def test_different_contexts_get_different_seeds_from_the_same_randomness() -> No
 
 
 @pytest.mark.usefixtures("frozen")
+def test_a_message_key_and_errors_get_different_seeds_from_the_same_randomness() -> None:
+    # The key holder has the first and must not know the second: see the noise audit.
+    key, noise = fresh_seed(CONTEXT, MESSAGE), fresh_seed(CONTEXT, MESSAGE, "errors")
+    assert key == fresh_seed(CONTEXT, MESSAGE, "key")
+    assert key != noise
+    assert not np.array_equal(errors(key, 1), errors(noise, 1))
+
+
+@pytest.mark.usefixtures("frozen")
 def test_the_division_into_segments_matters() -> None:
     joined = [np.concatenate(MESSAGE)]
     shifted = [joined[0][:9], joined[0][9:]]

@@ -623,8 +623,8 @@ def test_the_command_makes_what_was_asked_for(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     members = Federation.load(folder).members()
     assert list(members) == ["server", "key-holder", "alice", "client-1", "client-2", "ops"]
-    assert members["server"].hosts == ["secagg.example.org"]
-    assert members["key-holder"].hosts == ["192.0.2.7"]
+    assert members["server"].hosts == ["secagg.example.org", "localhost", "127.0.0.1"]
+    assert members["key-holder"].hosts == ["192.0.2.7", "localhost", "127.0.0.1"]
     for name in members:
         assert str(Federation.load(folder).kit(name)) in result.output
     assert "share-3.txt" in result.output

@@ -17,6 +17,7 @@ from secagg.errors import (
     NotReadyError,
     OverloadedError,
     SecaggError,
+    StorageError,
     UnavailableError,
 )
 from secagg.rpc.retry import RetryPolicy
@@ -109,7 +110,7 @@ def test_calls_that_hang_count_towards_the_total() -> None:
     assert time.now <= 60 + 30 + 5 * 1.25
 
 
-PASSING = (NotReadyError, OverloadedError, UnavailableError)
+PASSING = (NotReadyError, OverloadedError, UnavailableError, StorageError)
 
 
 @pytest.mark.parametrize(

@@ -1339,7 +1339,7 @@ except SecaggError as error:
 def test_a_full_disk_is_unavailable(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/store.sqlite3"
     command = [sys.executable, "-c", PINGS_A_FULL_DISK, url]
-    assert subprocess.check_output(command, text=True) == "UNAVAILABLE\n"
+    assert subprocess.check_output(command, text=True) == "STORAGE_UNAVAILABLE\n"
     with closing(Store(url)) as store:
         assert rows(store)["heartbeat"] == [(1, 1)]
 
