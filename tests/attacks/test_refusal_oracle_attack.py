@@ -170,8 +170,9 @@ def test_ours_has_an_end_for_every_model(rounds: Rounds) -> None:
     told = 0
     for attempt in range(1, DEFAULT_ATTEMPTS + 1):
         context, sent = admitted(rounds, attempt)
-        for _ in range(4):
-            told += asked(rounds, context, sent, summed(sent[1:])).startswith(ReleaseError.reason)
+        for start in range(1, 5):
+            sum_ = summed(sent[start:])
+            told += asked(rounds, context, sent, sum_).startswith(ReleaseError.reason)
     # The next attempt, and the next round from the same model, are refused alike.
     for number, attempt in ((1, DEFAULT_ATTEMPTS + 1), (2, 1)):
         with pytest.raises(ClosedError, match="attempts"):
@@ -242,8 +243,8 @@ def test_ours_audits_nobody_before_a_sum_was_refused_or_after_the_round(rounds: 
     probe = dithered(PLAN, summed(sent[:1]), Stream(bytes(32)))
     with pytest.raises(ClosedError):
         rounds.audit(context.id, name_of(sent[0]), probe)
-    for _ in range(2):
-        asked(rounds, context, sent, summed(sent[1:]))
+    for start in (1, 2):
+        asked(rounds, context, sent, summed(sent[start:]))
     with pytest.raises(ClosedError):
         rounds.audit(context.id, name_of(sent[0]), probe)
 
