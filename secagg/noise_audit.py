@@ -56,8 +56,8 @@ def dithered(
     Args:
         plan: what the upload consists of.
         residues: uint64 of shape (plan.blocks, 4096): one upload's ciphertexts, below q.
-        randomness: source of dither and cover; the operating system when omitted. A seeded stream
-            is for tests only.
+        randomness: source of dither and cover; the operating system when omitted. Otherwise a
+            stream keyed by it for this very upload, so that an audit can be repeated.
 
     Returns:
         uint32 of the same shape, each below its layout's 2**shift. Once an upload: further copies

@@ -67,7 +67,9 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
     workers = Workers(settings.workers)
     rounds = OpenRounds(clock := SystemClock())
     key_holder = KeyHolderClient(settings.key_holder, opened.kit)
-    coordinator = Coordinator(store, blobs, rounds, key_holder, clock, opened.roster, workers.run)
+    coordinator = Coordinator(
+        store, blobs, rounds, key_holder, clock, opened.roster, workers.run, audit_key
+    )
     gatekeeper = Gatekeeper(
         {_AGGREGATION: {Role.CLIENT}, _OPERATOR: {Role.OPERATOR}},
         opened.roster,

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -38,9 +39,11 @@ from secagg.errors import (
 from secagg.failpoints import failpoint
 from secagg.logs import where
 from secagg.noise_audit import dithered
-from secagg.parameters import FloatSegment
+from secagg.parameters import FloatSegment, Plan
 from secagg.release import Release
 from secagg.residues import ResidueSum, widen
+from secagg.sampling import Stream
+from secagg.transcript import digest
 from secagg.upload import Admission
 from secagg.wire.codec import model_digest, model_from_bytes, model_to_bytes, sums_to_bytes
 from secagg_server.blobs import BlobStore
@@ -87,6 +90,8 @@ class Coordinator:
         roster: whom clients are drawn from.
         compute: runs calculations that hold the interpreter's lock, such as in another process;
             called from threads.
+        secret: 32 bytes that outlive the process, so that an upload that is audited again after a
+            restart has the dither it had before; fresh ones when omitted.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Coordinator:
         clock: Clock,
         roster: Roster,
         compute: Callable[..., Any] = _here,
+        secret: bytes | None = None,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -106,6 +112,7 @@ class Coordinator:
         self._clock = clock
         self._roster = roster
         self._compute = compute
+        self._secret = secret or os.urandom(32)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._contexts: dict[str, RoundContext] = {}
 
@@ -260,14 +267,14 @@ class Coordinator:
         return model_digest(self._blobs.model(spec.task_id, version))
 
     async def _open(self, spec: TaskSpec, row: RoundRow) -> None:
-        digest = await asyncio.to_thread(self._model_digest, spec)
+        model = await asyncio.to_thread(self._model_digest, spec)
         context, endorsement = await _patiently(
             lambda: self._key_holder.open_round(
                 spec.plan,
                 task_id=spec.task_id,
                 round_number=row.round_number,
                 attempt=row.attempt,
-                model_digest=digest,
+                model_digest=model,
             )
         )
         self._contexts[spec.task_id] = context
@@ -381,7 +388,8 @@ class Coordinator:
     def _dithered(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
         chunks = range(context.plan.chunks)
         residues = np.concatenate([self._residues(context, name, index) for index in chunks])
-        low: NDArray[np.uint32] = self._compute(dithered, context.plan, residues)
+        key = digest("dither", self._secret, context.id.digest, name)
+        low: NDArray[np.uint32] = self._compute(_dithered, context.plan, residues, key)
         return low
 
     def _fixed(
@@ -452,6 +460,10 @@ class Coordinator:
 
     def _model(self, spec: TaskSpec, segment: FloatSegment, version: int) -> NDArray[np.float32]:
         return model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
+
+
+def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
+    return dithered(plan, residues, Stream(key))
 
 
 async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:

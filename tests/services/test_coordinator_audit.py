@@ -453,6 +453,40 @@ async def test_a_key_holder_that_restarts_between_refusal_and_audit_still_audits
         verify_named(server, context, 1)
 
 
+def test_an_upload_that_is_audited_again_after_a_restart_has_the_same_dither(
+    tmp_path: Path,
+) -> None:
+    """Low bits under two dithers would tell twice as much."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    class Remembering(LocalKeyHolder):
+        async def audit(
+            self, context: RoundContext, upload_digest: bytes, low: NDArray[np.uint32]
+        ) -> str:
+            seen.append((upload_digest, low.tobytes()))
+            return await super().audit(context, upload_digest, low)
+
+    async def work() -> None:
+        key_holder = Remembering()
+        key_holder.lose_answer("audit", Killed())
+        server = Server(tmp_path, key_holder)
+        server.create(task())
+        running_task = server.coordinator._running["task"]
+        await collect(server)
+        with pytest.raises(Killed):
+            await running_task
+        server.store.close()
+        server = Server(tmp_path, key_holder)
+        server.coordinator.resume()
+        await server.ended()
+        await server.coordinator.stop()
+        server.store.close()
+
+    asyncio.run(work())
+    assert len(seen) == len({upload for upload, _ in seen}) + 1
+    assert len(set(seen)) == len({upload for upload, _ in seen})
+
+
 @pytest.mark.parametrize("dies", ["the server", "the answer"])
 def test_a_refusal_that_was_never_heard_costs_nothing(dies: str, tmp_path: Path) -> None:
     """Asked again for the same sum, the key holder refuses it again and counts it once."""

@@ -50,6 +50,8 @@ DEADLINE_S = 30.0
 START = np.linspace(-1, 1, 11, dtype=np.float32)
 DOWN = UnavailableError("expected an answer; the other side is unreachable")
 
+SECRET = b"a secret that outlives a server."
+
 
 class Server:
     """Everything of a server but the network."""
@@ -71,7 +73,8 @@ class Server:
         self.key_holder = key_holder or LocalKeyHolder(self.roster)
         self.intake = Intake(self.store, self.blobs, self.rounds, self.roster)
         self.coordinator = Coordinator(
-            self.store, self.blobs, self.rounds, self.key_holder, self.clock, self.roster
+            *(self.store, self.blobs, self.rounds, self.key_holder, self.clock, self.roster),
+            secret=SECRET,
         )
 
     def create(self, spec: TaskSpec) -> None:

@@ -101,9 +101,10 @@ class KeyHolderServiceServicer(object):
 
     def AuditNoise(self, request_iterator, context):
         """Looks for uploads off the grid, after a sum was refused: the context and digest of one upload
-        first, then the low bits of its coefficients, which hold its noise and none of its values.
-        Once an upload; again: the same verdict. FAILED_PRECONDITION/ROUND_CLOSED unless a sum of this
-        attempt was refused. After the first call, only uploads judged ACCEPTED here may be released.
+        first, then the low bits of its coefficients, which hold its noise and next to nothing of its
+        values. Once an upload; again: the same verdict. FAILED_PRECONDITION/ROUND_CLOSED unless a sum
+        of this attempt was refused. After the first call, only uploads judged ACCEPTED here may be
+        released.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
