@@ -15,7 +15,7 @@ import numpy as np
 from secagg import ckks, ring
 from secagg.context import RoundContext
 from secagg.errors import InputError, SchemaError
-from secagg.onetime import errors, fresh_seed, secret
+from secagg.onetime import errors, fresh_seed, message_salt, secret
 from secagg.packing import pack
 from secagg.quantize import Contribution, Quantized, quantize
 from secagg.receipts import Receipt, SigningKey
@@ -98,11 +98,11 @@ def encrypt_quantized(
                 f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
                 "with the round's plan"
             )
-    values = [part.values for part in quantized]
-    seed = fresh_seed(context.id.digest, values)
+    salt = message_salt(context.id.digest, (part.values for part in quantized))
+    seed = fresh_seed(salt)
     # The errors have a seed of their own, which nobody gets: the key holder sees the noise of an
     # audited upload, and who knows the errors can tell from it where a coefficient wrapped.
-    coefficients = errors(fresh_seed(context.id.digest, values, "errors"), context.plan.blocks)
+    coefficients = errors(fresh_seed(salt, "errors"), context.plan.blocks)
     for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):
         coefficients[blocks] += pack(layout, part.values)
     key = ring.to_ntt(secret(seed)[None])[0]

@@ -20,23 +20,22 @@ from secagg.sampling import Stream, centred_binomial, ternary
 from secagg.sealing import SEED_BYTES
 from secagg.transcript import digest, encode
 
-__all__ = ["errors", "fresh_seed", "secret"]
+__all__ = ["errors", "fresh_seed", "message_salt", "secret"]
 
 
-def fresh_seed(
-    context_digest: bytes,
-    message: Iterable[NDArray[np.int64]],
-    purpose: Literal["key", "errors"] = "key",
-) -> bytes:
+def message_salt(context_digest: bytes, message: Iterable[NDArray[np.int64]]) -> bytes:
+    """32 bytes that name a message and its round; see :func:`fresh_seed`."""
+    return digest("message", context_digest, *(part.tobytes() for part in message))
+
+
+def fresh_seed(salt: bytes, purpose: Literal["key", "errors"] = "key") -> bytes:
     """A seed for exactly one message: HKDF (RFC 5869) of fresh bytes, salted with the message.
 
     Even a generator that repeats its output (a cloned virtual machine) gives different messages
     different keys, and a message's key and errors different seeds.
     """
-    salt = digest("message", context_digest, *(part.tobytes() for part in message))
-    kdf = HKDF(
-        algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=encode("one-time seed", purpose)
-    )
+    info = encode("one-time seed", purpose)
+    kdf = HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info)
     return kdf.derive(os.urandom(SEED_BYTES))
 
 

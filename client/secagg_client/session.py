@@ -348,9 +348,9 @@ class ClientSession:
         )
         quantized_at = time.perf_counter()
         upload = encrypt_quantized(context, quantized, self._identity)
+        encrypted_at = time.perf_counter()
         if self._outbox:
             self._outbox.save(upload)
-        encrypted_at = time.perf_counter()
         self.send(context, upload)
         uploaded_at = time.perf_counter()
         return Cost(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from secagg import onetime
-from secagg.onetime import errors, fresh_seed, secret
+from secagg.onetime import errors, fresh_seed, message_salt, secret
 
 CONTEXT = b"c" * 32
 MESSAGE = [np.arange(10, dtype=np.int64), np.zeros(3, dtype=np.int64)]
@@ -20,26 +20,31 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("frozen")
 def test_different_messages_get_different_seeds_from_the_same_randomness() -> None:
-    seeds = {fresh_seed(CONTEXT, MESSAGE)}
+    seeds = {fresh_seed(message_salt(CONTEXT, MESSAGE))}
     for part in range(2):
         for index in range(MESSAGE[part].size):
             changed = [array.copy() for array in MESSAGE]
             changed[part][index] += 1
-            seeds.add(fresh_seed(CONTEXT, changed))
+            seeds.add(fresh_seed(message_salt(CONTEXT, changed)))
     assert len(seeds) == 1 + 10 + 3
-    assert fresh_seed(CONTEXT, MESSAGE) in seeds
+    assert fresh_seed(message_salt(CONTEXT, MESSAGE)) in seeds
 
 
 @pytest.mark.usefixtures("frozen")
 def test_different_contexts_get_different_seeds_from_the_same_randomness() -> None:
-    assert fresh_seed(CONTEXT, MESSAGE) != fresh_seed(b"d" * 32, MESSAGE)
+    assert fresh_seed(message_salt(CONTEXT, MESSAGE)) != fresh_seed(
+        message_salt(b"d" * 32, MESSAGE)
+    )
 
 
 @pytest.mark.usefixtures("frozen")
 def test_a_message_key_and_errors_get_different_seeds_from_the_same_randomness() -> None:
     # The key holder has the first and must not know the second: see the noise audit.
-    key, noise = fresh_seed(CONTEXT, MESSAGE), fresh_seed(CONTEXT, MESSAGE, "errors")
-    assert key == fresh_seed(CONTEXT, MESSAGE, "key")
+    key, noise = (
+        fresh_seed(message_salt(CONTEXT, MESSAGE)),
+        fresh_seed(message_salt(CONTEXT, MESSAGE), "errors"),
+    )
+    assert key == fresh_seed(message_salt(CONTEXT, MESSAGE), "key")
     assert key != noise
     assert not np.array_equal(errors(key, 1), errors(noise, 1))
 
@@ -48,11 +53,13 @@ def test_a_message_key_and_errors_get_different_seeds_from_the_same_randomness()
 def test_the_division_into_segments_matters() -> None:
     joined = [np.concatenate(MESSAGE)]
     shifted = [joined[0][:9], joined[0][9:]]
-    assert len({fresh_seed(CONTEXT, parts) for parts in (MESSAGE, joined, shifted)}) == 3
+    assert (
+        len({fresh_seed(message_salt(CONTEXT, parts)) for parts in (MESSAGE, joined, shifted)}) == 3
+    )
 
 
 def test_the_same_message_gets_a_new_seed_every_time() -> None:
-    seeds = {fresh_seed(CONTEXT, MESSAGE) for _ in range(50)}
+    seeds = {fresh_seed(message_salt(CONTEXT, MESSAGE)) for _ in range(50)}
     assert len(seeds) == 50
     assert {len(seed) for seed in seeds} == {32}
 
@@ -62,12 +69,12 @@ def test_the_seed_uses_every_byte_of_the_randomness(monkeypatch: pytest.MonkeyPa
     for position in range(32):
         drawn = bytes(position) + b"\1" + bytes(31 - position)
         monkeypatch.setattr(onetime.os, "urandom", lambda count, drawn=drawn: drawn[:count])
-        seeds.add(fresh_seed(CONTEXT, MESSAGE))
+        seeds.add(fresh_seed(message_salt(CONTEXT, MESSAGE)))
     assert len(seeds) == 32
 
 
 def test_a_message_may_be_a_generator() -> None:
-    assert len(fresh_seed(CONTEXT, (part for part in MESSAGE))) == 32
+    assert len(fresh_seed(message_salt(CONTEXT, (part for part in MESSAGE)))) == 32
 
 
 def test_keys_and_errors_come_from_separate_streams() -> None:
