@@ -85,7 +85,7 @@ class ServerSettings(Settings):
         return Opened(kit, EnrolmentFile(kit.file("enrolment.json"), kit.ca))
 
     def check(self) -> None:
-        """What `opened` checks, and that the database answers and is of this version.
+        """What `opened` checks, and that the database answers and is of no newer version.
 
         Raises:
             ConfigurationError, IdentityError: see :meth:`opened`.

@@ -48,12 +48,12 @@ class Store(Uploads):
     Args:
         url: SQLAlchemy URL of a SQLite file or a PostgreSQL database.
         audit_key: see `AuditLog`.
-        migrate: bring the database to this version; otherwise it is only checked, and nothing is
-            made.
+        migrate: bring the database to this version; otherwise it is only looked at, nothing is
+            made, and it can be used if it is of this version already.
 
     Raises:
         ConfigurationError: a URL that names no usable database, one that does not answer, or one of
-            another version.
+            a newer version.
 
     Every method raises `StorageError` when the database does not do its work.
     """

@@ -1622,16 +1622,14 @@ def test_a_store_of_a_newer_version_is_refused_and_left_alone(
 def test_looking_at_a_database_without_tables_makes_none(
     empty_url: str, kind: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigurationError, match="got version none"):
-        Store(empty_url, migrate=False)
+    Store(empty_url, migrate=False).close()
     assert list(tmp_path.iterdir()) == []
     assert kind == "sqlite" or tables(empty_url) == {}
 
 
 def test_looking_at_an_old_store_changes_nothing(old: str) -> None:
     before = tables(old)
-    with pytest.raises(ConfigurationError, match="got version none"):
-        Store(old, migrate=False)
+    Store(old, migrate=False).close()
     assert tables(old) == before
 
 
