@@ -27,7 +27,7 @@ from secagg.errors import (
     ReleaseError,
     SealError,
 )
-from secagg.noise_audit import off_grid
+from secagg.noise_audit import off_grid, opens
 from secagg.onetime import secret
 from secagg.packing import unpack
 from secagg.parameters import MODULUS, RING_DEGREE, Plan
@@ -175,7 +175,13 @@ class KeyHolder:
                 raise ClosedError("expected the manifest already released; one release a round")
             return self._released[1]
         self._check_cohort(upload_digests)
-        sums = self._guarded(name, [self._seeds[each] for each in upload_digests], residues)
+        if not _is_sum(self.context.plan, residues):
+            raise ReleaseError(
+                f"expected {self.context.plan.blocks} summed polynomials of residues below q; got "
+                f"shape={residues.shape}, dtype={residues.dtype}"
+            )
+        seeds = [self._seeds[each] for each in upload_digests]
+        sums = self._guarded(name, _open_sum, self.context, seeds, residues)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
@@ -199,22 +205,37 @@ class KeyHolder:
         if count > plan.max_clients:
             raise ClosedError(f"expected at most max_clients={plan.max_clients}; got {count}")
 
-    def _guarded(
-        self, name: bytes, seeds: Sequence[bytes], residues: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.int64], ...]:
-        """Open a sum; too many refusals end the round, so that they never become an oracle.
+    def check(self, upload_digests: Sequence[bytes], low: NDArray[np.uint32]) -> None:
+        """Look at a sum's noise alone, before the sum itself is handed over.
+
+        A server that sends no sum before this has passed never sends two sums of one round, whose
+        difference could be one client's upload.
+
+        Args:
+            upload_digests: the manifest, as for :meth:`release_admitted`.
+            low: uint32 (plan.blocks, 4096): the sum's low bits, see `noise_audit.dithered`.
+
+        Raises:
+            QuorumError, ClosedError, SealError, DuplicateError: see :meth:`release_admitted`.
+            ReleaseError: the sum would not open; counts as a refusal.
+            InputError: another shape or type.
+        """
+        if self._released is not None:
+            return
+        self._check_cohort(upload_digests)
+        name = digest("manifest check", *sorted(upload_digests), low.tobytes())
+        seeds = [self._seeds[each] for each in upload_digests]
+        self._guarded(name, _check_sum, self.context, seeds, low)
+
+    def _guarded(self, name: bytes, work: Callable[..., _T], *arguments: object) -> _T:
+        """Open or check a sum; too many refusals end the round, lest they become an oracle.
 
         Asking again about the same sum, because the answer was lost perhaps, tells nothing new.
         """
-        if not _is_sum(self.context.plan, residues):
-            raise ReleaseError(
-                f"expected {self.context.plan.blocks} summed polynomials of residues below q; got "
-                f"shape={residues.shape}, dtype={residues.dtype}"
-            )
         try:
             if name in self._refused:
                 raise ReleaseError("expected another sum; this one was refused before; audit it")
-            return self._compute(_open_sum, self.context, list(seeds), residues)  # type: ignore[return-value]
+            return self._compute(work, *arguments)  # type: ignore[return-value]
         except ReleaseError:
             if name not in self._refused:
                 self._refused.add(name)
@@ -279,9 +300,22 @@ def _open_sum(
     )
 
 
+def _check_sum(context: RoundContext, seeds: Sequence[bytes], low: NDArray[np.uint32]) -> None:
+    if not opens(context.plan, low, _masks(context, seeds)):
+        raise ReleaseError(
+            "expected a sum whose noise is within the guard; it is not: an upload is missing, "
+            "repeated, foreign or damaged; audit the uploads"
+        )
+
+
 def _off_grid(context: RoundContext, seed: bytes, low: NDArray[np.uint32]) -> bool:
+    return off_grid(context.plan, low, _masks(context, [seed]))
+
+
+def _masks(context: RoundContext, seeds: Sequence[bytes]) -> NDArray[np.int64]:
+    """What hides a sum of uploads: a_j times the sum of their keys, in coefficients."""
     nothing = np.zeros((context.plan.blocks, RING_DEGREE), dtype=np.uint64)
-    return off_grid(context.plan, low, _decrypt(context, [seed], nothing))
+    return _decrypt(context, seeds, nothing)
 
 
 def _decrypt(

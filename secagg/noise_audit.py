@@ -13,20 +13,24 @@ docs/cipher.md for what it is worth. Who can open the sum knows what all errors 
 it what all dithers do, so the server *covers* them with a little noise of its own. Errors of honest
 clients lie in [-21, 21], hence what an audit sees of them in [-24, 25].
 
+A sum is looked at in the same way before it is handed over. Otherwise a key holder that says a sum
+does not open, and names a client, would be given a second sum without that client, and read its
+upload off the difference.
+
 Noise is all an audit can judge. It cannot see a value beyond the planned range, nor many clients
 whose errors within the limit all push one way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secagg import ring
 from secagg.errors import InputError, MalformedError
-from secagg.parameters import CHUNK_BLOCKS, MODULUS, RING_DEGREE, Plan
+from secagg.parameters import CHUNK_BLOCKS, MODULUS, RING_DEGREE, Layout, Plan
 from secagg.sampling import CBD_BITS, Stream, uniform_polynomials
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "low_from_bytes",
     "low_to_bytes",
     "off_grid",
+    "opens",
 ]
 
 _COVER = 2  # the server's own noise: four fair bits, less their mean
@@ -101,15 +106,44 @@ def off_grid(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> b
     Raises:
         InputError: another shape or type.
     """
+    return _beyond(plan, low, masks, lambda _: 0)
+
+
+def opens(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> bool:
+    """Whether a sum's noise stays within the guard, as far as its low bits show.
+
+    They show more than they can hide: an honest sum always passes, and one whose noise leaves the
+    guard by 8 or more never does, unless the guard fills its grid to less than that.
+
+    Args:
+        plan: what was summed.
+        low: of the sum; see :func:`dithered`.
+        masks: int64 (plan.blocks, 4096), centred modulo q: a_j S for the sum S of the keys.
+
+    Raises:
+        InputError: another shape or type.
+    """
+    return not _beyond(plan, low, masks, lambda layout: layout.guard - CBD_BITS)
+
+
+def _beyond(
+    plan: Plan,
+    low: NDArray[np.uint32],
+    masks: NDArray[np.int64],
+    allowance: Callable[[Layout], int],
+) -> bool:
+    """Whether some noise lies beyond an honest upload's, and what its layout allows on top."""
     _check(plan, low, np.dtype(np.uint32))
     _check(plan, masks, np.dtype(np.int64))
-    return any(_beyond(low[part], _lifted(masks[part]), shift) for shift, part in _parts(plan))
-
-
-def _beyond(low: NDArray[np.uint32], masks: NDArray[np.uint64], shift: int) -> bool:
-    noise = ((low + masks) & np.uint64((1 << shift) - 1)).astype(np.int64)
-    noise[noise >= 1 << (shift - 1)] -= 1 << shift
-    return bool(noise.min() < LOWEST or noise.max() > HIGHEST)
+    for _, layout, blocks in plan.block_ranges():
+        more, half = allowance(layout), 1 << (layout.shift - 1)
+        for part in _slices(blocks):
+            seen = (low[part] + _lifted(masks[part])) & np.uint64(2 * half - 1)
+            noise = seen.astype(np.int64)
+            noise[noise >= half] -= 2 * half
+            if noise.min() < LOWEST - more or noise.max() > HIGHEST + more:
+                return True
+    return False
 
 
 def low_to_bytes(low: NDArray[np.uint32]) -> bytes:
@@ -138,10 +172,16 @@ def _lifted(centred: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def _parts(plan: Plan) -> Iterator[tuple[int, slice]]:
-    """Each layout's shift with slices of its blocks, short enough that copies stay small."""
+    """Each layout's shift with slices of its blocks."""
     for _, layout, blocks in plan.block_ranges():
-        for start in range(blocks.start, blocks.stop, CHUNK_BLOCKS):
-            yield layout.shift, slice(start, min(start + CHUNK_BLOCKS, blocks.stop))
+        for part in _slices(blocks):
+            yield layout.shift, part
+
+
+def _slices(blocks: slice) -> Iterator[slice]:
+    """Short enough that copies stay small."""
+    for start in range(blocks.start, blocks.stop, CHUNK_BLOCKS):
+        yield slice(start, min(start + CHUNK_BLOCKS, blocks.stop))
 
 
 def _check(plan: Plan, array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> None:

@@ -22,6 +22,8 @@ DEADLINES_S: dict[str, float] = {
     "ExportAudit": 600.0,
     "OpenRound": 30.0,
     "JudgeUploads": 60.0,
+    # Four bytes a coefficient go in.
+    "CheckSum": 300.0,
     # The whole sum goes in, and out again, and is opened in between.
     "Release": 600.0,
     "AuditNoise": 120.0,

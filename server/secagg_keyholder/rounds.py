@@ -9,7 +9,7 @@ round is never opened again: the same inputs must not be summed twice over diffe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,20 +229,40 @@ class Rounds:
                 raise ClosedError("expected the manifest already released; one release a round")
             return ReleasedBytes(sums, contributors)
         holder = self._require(context)
-        before = holder.refusals
-        try:
+        with self._counted(holder):
             release = holder.release_admitted(upload_digests, residues)
-        except ReleaseError:
-            new = holder.refusals > before
-            if new and self._ledger.count_refusal(context) >= MAX_REFUSALS:
-                self.close(context, "REFUSED_TWICE")
-            raise
         sums = sums_to_bytes(release.sums)
         # On the disk before the first byte leaves; the key is of no use from here on.
         self._ledger.record_release(context, name, release.contributors, sums)
         self._keys.erase(context.round_key_id)
         self._forget(context.task_id)
         return ReleasedBytes(sums, release.contributors)
+
+    def check(
+        self, context: ContextId, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
+    ) -> None:
+        """Look at a sum's noise alone; nothing to say about a round that is released.
+
+        Raises:
+            SecaggError: see `KeyHolder.check`.
+        """
+        self._current(context)
+        if self._ledger.release(context) is None:
+            holder = self._require(context)
+            with self._counted(holder):
+                holder.check(upload_digests, low)
+
+    @contextlib.contextmanager
+    def _counted(self, holder: KeyHolder) -> Iterator[None]:
+        """Record a refusal; the second one closes the round."""
+        before, context = holder.refusals, holder.context.id
+        try:
+            yield
+        except ReleaseError:
+            new = holder.refusals > before
+            if new and self._ledger.count_refusal(context) >= MAX_REFUSALS:
+                self.close(context, "REFUSED_TWICE")
+            raise
 
     def audit(self, context: ContextId, upload_digest: bytes, low: NDArray[np.uint32]) -> str:
         """The reason why an upload fails the noise audit; empty where it passes.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from secagg.context import ContextId
 from secagg.errors import MalformedError
@@ -95,17 +93,36 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         self, request_iterator: AsyncIterator[pb.ReleaseRequest], context: _Context
     ) -> AsyncIterator[pb.ReleaseResponse]:
         """See the contract."""
-        name, digests, residues = await self._manifest_and_sum(request_iterator)
+        name, digests, plan, data = await self._manifest_and(
+            "residues", request_iterator, lambda plan: plan.payload_bytes
+        )
+        residues = widen(data, plan.blocks)
         async with self._locks[name.task_id]:
             release = await asyncio.to_thread(self._rounds.release, name, digests, residues)
         _LOG.info("round_released", round=name.round_number, contributors=release.contributors)
         for response in _pieces(release):
             yield response
 
-    async def _manifest_and_sum(
-        self, requests: AsyncIterator[pb.ReleaseRequest]
-    ) -> tuple[ContextId, list[bytes], NDArray[np.uint64]]:
-        """Not a byte more than the plan prescribes is kept."""
+    @translated
+    async def CheckSum(
+        self, request_iterator: AsyncIterator[pb.CheckSumRequest], context: _Context
+    ) -> pb.CheckSumResponse:
+        """See the contract."""
+        name, digests, plan, data = await self._manifest_and(
+            "low_bits", request_iterator, _low_size
+        )
+        low = low_from_bytes(plan, data)
+        async with self._locks[name.task_id]:
+            await asyncio.to_thread(self._rounds.check, name, digests, low)
+        return pb.CheckSumResponse()
+
+    async def _manifest_and(
+        self,
+        kind: str,
+        requests: AsyncIterator[Any],
+        size: Callable[[Plan], int],
+    ) -> tuple[ContextId, list[bytes], Plan, bytearray]:
+        """A manifest and the bytes that follow; not one more than the plan prescribes is kept."""
         name: ContextId | None = None
         plan: Plan | None = None
         digests: list[bytes] = []
@@ -123,13 +140,13 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
                     for upload in request.manifest.upload_digests
                 ]
                 _check_count(digests, plan)
-            elif part == "residues" and plan is not None:
-                _append(data, request.residues, plan.payload_bytes)
+            elif part == kind and plan is not None:
+                _append(data, getattr(request, kind), size(plan))
             else:
                 raise MalformedError("expected the manifest first, then the sum; got another order")
         if name is None or plan is None:
             raise MalformedError("expected a manifest and a sum; got nothing")
-        return name, digests, widen(data, plan.blocks)
+        return name, digests, plan, data
 
     @translated
     async def AuditNoise(
@@ -141,7 +158,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         async for request in request_iterator:
             if request.WhichOneof("part") != "low_bits":
                 raise MalformedError("expected the upload's name first, then its low bits")
-            _append(data, request.low_bits, plan.blocks * RING_DEGREE * LOW_BYTES)
+            _append(data, request.low_bits, _low_size(plan))
         low = low_from_bytes(plan, data)
         async with self._locks[name.task_id]:
             reason = await asyncio.to_thread(self._rounds.audit, name, upload, low)
@@ -167,6 +184,10 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         async with self._locks[name.task_id]:
             await asyncio.to_thread(self._rounds.close, name)
         return pb.CloseRoundResponse()
+
+
+def _low_size(plan: Plan) -> int:
+    return plan.blocks * RING_DEGREE * LOW_BYTES
 
 
 def _check_count(digests: list[bytes], plan: Plan) -> None:

@@ -315,7 +315,7 @@ class Coordinator:
         else:
             manifest = await self._judged(row, context)
         try:
-            release, times = await self._summed_and_released(row, context, manifest)
+            residues, aggregate_ms = await self._checked_sum(row, context, manifest)
         except ReleaseError:
             row = self._store.round(row.key)
             if row.audited:
@@ -323,25 +323,35 @@ class Coordinator:
             self._store.advance(row.key, RoundState.AUDITING)
             manifest = await self._audited(row, context)
             row = self._store.round(row.key)
-            release, times = await self._summed_and_released(row, context, manifest)
-        await asyncio.to_thread(self._apply, spec, row, release, *times)
-
-    async def _summed_and_released(
-        self, row: RoundRow, context: RoundContext, manifest: list[Admission]
-    ) -> tuple[Release, tuple[float, float]]:
-        """The release, and what adding and opening took in milliseconds."""
-        started = time.perf_counter()
-        residues = await asyncio.to_thread(self._add_chunks, context, manifest)
-        aggregate_ms = (time.perf_counter() - started) * 1000
-        failpoint("sum-ready")
-        self._reach(row, RoundState.RELEASING)
+            residues, aggregate_ms = await self._checked_sum(row, context, manifest)
         names = [admission.receipt.upload_digest for admission in manifest]
         started = time.perf_counter()
         answer = await self._released(context, names, residues)
         release_ms = (time.perf_counter() - started) * 1000
         failpoint("release-received")
         release = Release(context.plan, context.rotation, answer.contributors, answer.sums)
-        return release, (aggregate_ms, release_ms)
+        await asyncio.to_thread(self._apply, spec, row, release, aggregate_ms, release_ms)
+
+    async def _checked_sum(
+        self, row: RoundRow, context: RoundContext, manifest: list[Admission]
+    ) -> tuple[NDArray[np.uint64], float]:
+        """The sum, once the key holder has seen that its noise is within the guard.
+
+        The sum itself is sent only then, and once: from two sums of one round, the key holder could
+        read a client that is in one of them. Also what adding took, in milliseconds.
+
+        Raises:
+            ReleaseError: it would not open.
+        """
+        started = time.perf_counter()
+        residues = await asyncio.to_thread(self._add_chunks, context, manifest)
+        aggregate_ms = (time.perf_counter() - started) * 1000
+        failpoint("sum-ready")
+        self._reach(row, RoundState.RELEASING)
+        names = [admission.receipt.upload_digest for admission in manifest]
+        low = await asyncio.to_thread(self._low_bits, context, residues, *names)
+        await _patiently(lambda: self._key_holder.check_sum(context, names, low))
+        return residues, aggregate_ms
 
     async def _released(
         self, context: RoundContext, names: list[bytes], residues: NDArray[np.uint64]
@@ -369,7 +379,7 @@ class Coordinator:
         admissions = await asyncio.to_thread(self._store.accepted, context)
         for admission in admissions:
             name = admission.receipt.upload_digest
-            low = await asyncio.to_thread(self._dithered, context, name)
+            low = await asyncio.to_thread(self._low_bits_of_upload, context, name)
             if reason := await self._audit_one(context, name, low):
                 refused[name] = reason
         self._store.set_audited(row.key)
@@ -385,10 +395,16 @@ class Coordinator:
     async def _audit_one(self, context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
         return await _patiently(lambda: self._key_holder.audit(context, name, low))
 
-    def _dithered(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
+    def _low_bits_of_upload(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
         chunks = range(context.plan.chunks)
         residues = np.concatenate([self._residues(context, name, index) for index in chunks])
-        key = digest("dither", self._secret, context.id.digest, name)
+        return self._low_bits(context, residues, name)
+
+    def _low_bits(
+        self, context: RoundContext, residues: NDArray[np.uint64], *names: bytes
+    ) -> NDArray[np.uint32]:
+        """Low bits of what these uploads add up to; the same ones whenever they are needed."""
+        key = digest("dither", self._secret, context.id.digest, *sorted(names))
         low: NDArray[np.uint32] = self._compute(_dithered, context.plan, residues, key)
         return low
 

@@ -74,6 +74,12 @@ class KeyHolderStub(Protocol):
         """Which uploads must not be summed, and why."""
         ...
 
+    async def check_sum(
+        self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
+    ) -> None:
+        """Whether the sum over a manifest would open, as far as its noise shows."""
+        ...
+
     async def release(
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> ReleasedSums:
@@ -204,6 +210,28 @@ class KeyHolderClient:
             if verdict.state != round_pb2.VERDICT_STATE_ACCEPTED
         }
 
+    async def check_sum(
+        self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
+    ) -> None:
+        """Whether the sum over a manifest would open, as far as its noise shows.
+
+        Args:
+            low: uint32 (plan.blocks, 4096), see `noise_audit.dithered`.
+
+        Raises:
+            ReleaseError: it would not.
+            SecaggError: what else the key holder answered, or `UnavailableError`.
+        """
+
+        async def requests() -> AsyncIterator[pb.CheckSumRequest]:
+            for manifest in _manifests(context, upload_digests):
+                yield pb.CheckSumRequest(manifest=manifest)
+            data = low_to_bytes(low)
+            for index in range(piece_count(len(data))):
+                yield pb.CheckSumRequest(low_bits=piece(data, index))
+
+        await self._ask((await self._stub()).CheckSum, requests(), "CheckSum")
+
     async def release(
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> ReleasedSums:
@@ -308,12 +336,17 @@ def _stamp(kit: Kit | None) -> tuple[int, int]:
 async def _release_requests(
     context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
 ) -> AsyncIterator[pb.ReleaseRequest]:
+    for manifest in _manifests(context, upload_digests):
+        yield pb.ReleaseRequest(manifest=manifest)
+    for chunk in _chunks(context, residues):
+        yield pb.ReleaseRequest(residues=chunk)
+
+
+def _manifests(context: RoundContext, upload_digests: Sequence[bytes]) -> Iterator[pb.Manifest]:
     name = context_id_to_wire(context.id)
     for start in range(0, len(upload_digests), MANIFEST_BATCH):
         part = upload_digests[start : start + MANIFEST_BATCH]
-        yield pb.ReleaseRequest(manifest=pb.Manifest(context=name, upload_digests=part))
-    for chunk in _chunks(context, residues):
-        yield pb.ReleaseRequest(residues=chunk)
+        yield pb.Manifest(context=name, upload_digests=part)
 
 
 def _chunks(context: RoundContext, residues: NDArray[np.uint64]) -> Iterator[bytes]:

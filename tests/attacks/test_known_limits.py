@@ -15,10 +15,8 @@ import pytest
 from attacker import (
     Integers,
     enrolment,
-    key_of,
     name_of,
     named,
-    read,
     residues,
     signer,
     summed,
@@ -29,7 +27,6 @@ from key_holders import AUDIT_KEY, durable_rounds
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ReleaseError
 from secagg.noise_audit import dithered
-from secagg.parameters import MODULUS
 from secagg.planner import plan_integers
 from secagg.upload import Upload
 from secagg.wire.codec import sums_from_bytes
@@ -106,17 +103,6 @@ def test_a_restored_key_holder_opens_a_round_anew_that_was_released_since_the_ba
     again = rounds.open(PLAN, "task", 1, 2, MODEL)[0]
     second = released(rounds, again, uploads(again, NAMES[1:]))
     assert np.array_equal(first - second, values("victim"))
-
-
-def test_a_key_holder_that_names_a_client_falsely_reads_what_it_sent(tmp_path: Path) -> None:
-    # It says that the sum did not open, and that the victim is off the grid. The server sends the
-    # sum of the others next, and the two sums differ by one upload, to which it has the key.
-    rounds = started(tmp_path)
-    context = rounds.open(PLAN, "task", 1, 1, MODEL)[0]
-    sent = uploads(context, NAMES)
-    difference = (summed(sent) + np.uint64(MODULUS) - summed(sent[1:])) % np.uint64(MODULUS)
-    (read_off,) = read(context, key_of([named("seed", "victim", "1.1")]), difference)
-    assert np.array_equal(read_off, values("victim"))
 
 
 def test_everybody_but_the_victim_conspiring_know_what_the_victim_sent(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ async def test_the_key_holder_is_asked_once_for_each_step(folder: Path) -> None:
         server.send_all(current.context, range(3))
         server.clock.advance(DEADLINE_S)
         await server.task_ended()
-        assert server.key_holder.calls == ["open_round", "judge", "release"]
+        assert server.key_holder.calls == ["open_round", "judge", "check_sum", "release"]
 
 
 @scenario

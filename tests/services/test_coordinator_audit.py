@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from unittest.mock import patch
 
 import cohort
 import numpy as np
@@ -32,7 +33,7 @@ from serving import soon
 
 from secagg import audit, ring
 from secagg.context import RoundContext
-from secagg.parameters import MODULUS
+from secagg.parameters import MODULUS, RING_DEGREE
 from secagg.receipts import Receipt
 from secagg.residues import widen
 from secagg.sealing import seal, seal_info
@@ -112,7 +113,9 @@ async def test_a_client_off_the_grid_is_named_in_every_round_and_costs_none(fold
         assert await server.task_ended() == (TaskState.FINISHED, "")
         assert [row.attempt for row in server.store.rounds("task")] == [1] * 4
         assert server.store.task("task").model_version == 4
-        assert server.key_holder.calls.count("release") == 2 * 4
+        # Two sums of one round would show the difference between them.
+        assert server.key_holder.calls.count("check_sum") == 2 * 4
+        assert server.key_holder.calls.count("release") == 4
         assert len(server.events("round-audited")) == 4
         audit.verify(server.store.audit())
 
@@ -246,23 +249,43 @@ async def test_with_too_few_left_after_the_audit_the_attempt_is_aborted(folder: 
         context = await collect(server, honest=[0, 2], liars=[1, 4])
         row = await aborted(server, "QUORUM_NOT_REACHED")
         assert "got 2" in row.reason
-        assert server.key_holder.manifests[0] != []
-        assert server.key_holder.calls.count("release") == 1 + 1
+        assert server.key_holder.calls.count("check_sum") == 1 + 1
+        assert server.key_holder.calls.count("release") == 0 + 1
         assert server.key_holder.closed == [context]
         assert standing(server, context)[cohort.identity(4).public][1] == "OFF_GRID"
 
 
 @scenario
-async def test_an_upload_out_of_range_is_named_by_nobody_and_costs_the_attempt(
-    folder: Path,
-) -> None:
+async def test_an_upload_out_of_range_costs_the_attempt_and_starts_no_audit(folder: Path) -> None:
+    """Its noise is honest: only the sum itself shows it, and no second one is sent after that."""
     async with running(folder) as server:
         server.create(task())
         context = await collect(server, lie=cohort.out_of_range)
         row = await aborted(server, "RELEASE_REFUSED")
+        assert not row.audited
+        assert "audit" not in server.key_holder.calls
+        assert server.key_holder.calls.count("release") == 1 + 1
+        assert server.key_holder.closed == [context]
+        assert {state for state, _ in standing(server, context).values()} == {UploadState.ACCEPTED}
+
+
+def pushing(context: RoundContext, index: int) -> Upload:
+    """Errors as large as an honest one can be, all the same way: five of them leave the guard."""
+    with patch("secagg.encryptor.errors", lambda _, blocks: np.full((blocks, RING_DEGREE), 21)):
+        return cohort.encrypted(context, index)
+
+
+@scenario
+async def test_clients_that_push_together_are_named_by_nobody_and_cost_the_attempt(
+    folder: Path,
+) -> None:
+    async with running(folder) as server:
+        server.create(task())
+        context = await collect(server, honest=[], liars=range(5), lie=pushing)
+        row = await aborted(server, "RELEASE_REFUSED")
         assert "names nobody" in row.reason
         assert row.audited
-        assert server.key_holder.closed == [context]
+        assert server.key_holder.calls.count("release") == 0 + 1
         assert {state for state, _ in standing(server, context).values()} == {UploadState.ACCEPTED}
 
 
@@ -279,7 +302,7 @@ async def test_a_second_refusal_after_the_audit_ends_the_attempt(folder: Path) -
         assert rejected[cohort.identity(1).public] == (UploadState.REJECTED, "OFF_GRID")
         assert rejected[cohort.identity(4).public] == (UploadState.ACCEPTED, "")
         calls = server.key_holder.calls[: server.key_holder.calls.index("close_round")]
-        assert (calls.count("release"), calls.count("audit")) == (2, 6)
+        assert [calls.count(name) for name in ("check_sum", "audit", "release")] == [2, 6, 1]
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["not done", "done, answer lost"])
@@ -422,7 +445,7 @@ def test_an_audit_that_named_nobody_names_nobody_after_a_restart(
         POINTS[point][0](first)
         first.create(task())
         work = first.coordinator._running["task"]
-        await collect(first, lie=cohort.out_of_range)
+        await collect(first, honest=[], liars=range(5), lie=pushing)
         with pytest.raises(Killed):
             await work
         first.store.close()

@@ -128,6 +128,13 @@ class LocalKeyHolder:
         sums = sums_from_bytes(released.sums, context.plan)
         return ReleasedSums(sums, released.contributors)
 
+    async def check_sum(
+        self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
+    ) -> None:
+        """See `KeyHolderStub`."""
+        with self._call("check_sum"):
+            self.rounds.check(context.id, upload_digests, low)
+
     async def audit(
         self, context: RoundContext, upload_digest: bytes, low: NDArray[np.uint32]
     ) -> str:

@@ -48,6 +48,18 @@ class JudgeUploadsResponse(_message.Message):
     verdicts: _containers.RepeatedCompositeFieldContainer[_round_pb2.Verdict]
     def __init__(self, verdicts: _Optional[_Iterable[_Union[_round_pb2.Verdict, _Mapping]]] = ...) -> None: ...
 
+class CheckSumRequest(_message.Message):
+    __slots__ = ("manifest", "low_bits")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    LOW_BITS_FIELD_NUMBER: _ClassVar[int]
+    manifest: Manifest
+    low_bits: bytes
+    def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., low_bits: _Optional[bytes] = ...) -> None: ...
+
+class CheckSumResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ("manifest", "residues")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]

@@ -46,6 +46,11 @@ class KeyHolderServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.FromString,
                 _registered_method=True)
+        self.CheckSum = channel.stream_unary(
+                '/secagg.wire.v1.KeyHolderService/CheckSum',
+                request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumResponse.FromString,
+                _registered_method=True)
         self.Release = channel.stream_stream(
                 '/secagg.wire.v1.KeyHolderService/Release',
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.ReleaseRequest.SerializeToString,
@@ -83,6 +88,16 @@ class KeyHolderServiceServicer(object):
     def JudgeUploads(self, request, context):
         """Judges uploads: checks each receipt and opens each sealed seed, before the manifest is fixed.
         Idempotent by upload digest. FAILED_PRECONDITION/ROUND_CLOSED for a round that is not open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckSum(self, request_iterator, context):
+        """Looks at the noise of a sum alone, before the sum itself is sent: the manifest first, then the
+        low bits of the summed ciphertexts, as in AuditNoise. DATA_LOSS/RELEASE_REFUSED when the sum
+        would not open, which counts as a refusal; other errors as for Release. A server sends at most
+        one sum of an attempt, after this has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +144,11 @@ def add_KeyHolderServiceServicer_to_server(servicer, server):
                     servicer.JudgeUploads,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.SerializeToString,
+            ),
+            'CheckSum': grpc.stream_unary_rpc_method_handler(
+                    servicer.CheckSum,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumResponse.SerializeToString,
             ),
             'Release': grpc.stream_stream_rpc_method_handler(
                     servicer.Release,
@@ -202,6 +222,33 @@ class KeyHolderService(object):
             '/secagg.wire.v1.KeyHolderService/JudgeUploads',
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckSum(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/secagg.wire.v1.KeyHolderService/CheckSum',
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumResponse.FromString,
             options,
             channel_credentials,
             insecure,
