@@ -394,6 +394,35 @@ def test_an_audited_upload_larger_than_the_plans_is_cut_at_once(made: Site) -> N
     assert sent.asked <= 1 + 1 + size // (256 * 1024) + AHEAD
 
 
+def checking(channel: grpc.Channel) -> Call:
+    return key_holder_service_pb2_grpc.KeyHolderServiceStub(channel).CheckSum
+
+
+def summed_low_bits(size: int) -> key_holder_service_pb2.CheckSumRequest:
+    return key_holder_service_pb2.CheckSumRequest(low_bits=bytes(size))
+
+
+def first_of_check(context: RoundContext) -> key_holder_service_pb2.CheckSumRequest:
+    return key_holder_service_pb2.CheckSumRequest(manifest=manifest(context, [bytes(32)]).manifest)
+
+
+def test_low_bits_of_a_sum_larger_than_the_plans_are_cut_at_once(made: Site) -> None:
+    context = opened(made)
+    sent = Endless(first_of_check(context), summed_low_bits(256 * 1024))
+    error = streamed(made.key_holder, kit(made.federation, "server"), checking, sent)
+    size = context.plan.blocks * RING_DEGREE * 4
+    assert type(error) is MalformedError
+    assert f"expected {size} bytes in all; got more" in str(error)
+    assert sent.asked <= 1 + 1 + size // (256 * 1024) + AHEAD
+
+
+def test_low_bits_before_their_manifest_are_cut_at_once(made: Site) -> None:
+    sent = Endless(summed_low_bits(1024))
+    error = streamed(made.key_holder, kit(made.federation, "server"), checking, sent)
+    assert type(error) is MalformedError
+    assert sent.asked <= 1 + AHEAD
+
+
 def test_a_manifest_of_more_uploads_than_the_cohort_is_cut_at_once(made: Site) -> None:
     context = opened(made)
     sent = Endless(manifest(context, [bytes(32)] * 5))
