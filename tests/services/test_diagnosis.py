@@ -256,11 +256,13 @@ def test_a_listener_that_hangs_up_is_an_error_of_ours_at_most(
 def test_the_private_key_does_not_stay_in_a_temporary_file(
     thread: LoopThread, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    # Made before: the federation of all tests lies in a temporary folder as well.
+    kits, ours = (server_kit(), expired(shared(), Role.SERVER, "server")), alice()
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(diagnosis.tempfile, "tempdir", str(folder))
-    for shown in (server_kit(), expired(shared(), Role.SERVER, "server")):
+    for shown in kits:
         with showing(thread, shown) as address:
-            why_unreachable(address, alice(), SERVER)
+            why_unreachable(address, ours, SERVER)
     assert list(folder.iterdir()) == []
 
 

@@ -45,12 +45,16 @@ def check(engine: Engine) -> None:
     Raises:
         ConfigurationError: a database that does not answer, or was made by a newer version.
     """
-    scripts = ScriptDirectory.from_config(_config())
+    if _is_missing(engine):
+        folder = Path(engine.url.database or "").parent
+        if not folder.is_dir():
+            raise _unusable(FileNotFoundError(folder))
+        return
     try:
-        current = None if _is_missing(engine) else _version_of(engine)
+        current = _version_of(engine)
     except (SQLAlchemyError, CommandError) as error:
         raise _unusable(error) from None
-    _refuse_newer(scripts, current)
+    _refuse_newer(ScriptDirectory.from_config(_config()), current)
 
 
 def _is_missing(engine: Engine) -> bool:
