@@ -417,7 +417,7 @@ def test_low_bits_of_a_sum_larger_than_the_plans_are_cut_at_once(made: Site) -> 
 
 
 def test_low_bits_before_their_manifest_are_cut_at_once(made: Site) -> None:
-    sent = Endless(summed_low_bits(1024))
+    sent = Endless(summed_low_bits(MEBIBYTE))
     error = streamed(made.key_holder, kit(made.federation, "server"), checking, sent)
     assert type(error) is MalformedError
     assert sent.asked <= 1 + AHEAD
@@ -444,7 +444,8 @@ def test_a_stream_of_nothing_is_cut_at_once(made: Site) -> None:
     error = streamed(made.key_holder, kit(made.federation, "server"), releasing, sent)
     assert type(error) is MalformedError
     assert "empty" in str(error)
-    assert sent.asked <= 2 + AHEAD
+    # gRPC reads ahead by bytes, and these messages have hardly any.
+    assert sent.asked < 10_000
 
 
 def test_a_manifest_without_end_is_cut_by_its_deadline(
