@@ -28,7 +28,6 @@ __all__ = [
     "only_process",
     "read_toml",
     "validated",
-    "write_private",
 ]
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -134,23 +133,6 @@ def check_writable(folder: Path, name: str) -> None:
             f"expected a writable {name}; {str(folder)!r} is not; choose another or change its "
             "owner"
         ) from None
-
-
-def write_private(file: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all, and make it last."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = file.with_name(f".{file.name}.draft")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-    draft.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_addresses
 
 from secagg.rpc.deadlines import DEADLINES_S, deadline_s
 
@@ -23,17 +22,8 @@ def commands() -> list[str]:
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
-def free_addresses(count: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
-
-
 @pytest.mark.slow
 def test_the_walk_through_runs_from_an_empty_folder_to_the_end(tmp_path: Path) -> None:
-    # Ports of our own: what else runs on the machine must neither stop the test nor answer it.
     client, admin, key_holder = free_addresses(3)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_addresses
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,14 +68,6 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def _free_addresses(count: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
-
-
 @pytest.mark.slow
 def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
     match = re.search(r"```console\n(\$ secagg provision init.*?)```", README, re.DOTALL)
@@ -84,8 +75,7 @@ def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
     commands = re.sub(r"^\$ ", "", match.group(1), flags=re.MULTILINE)
     script = f"set -e\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n{commands}"
     binaries = Path(sys.executable).parent
-    # Ports of our own: what else runs on the machine must neither stop the test nor answer it.
-    client, admin, key_holder = _free_addresses(3)
+    client, admin, key_holder = free_addresses(3)
     environment = os.environ | {
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "COLUMNS": "200",
