@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secagg.aggregator import Aggregate, Aggregator
+    from secagg.challenger import Challenger
     from secagg.context import RoundContext
     from secagg.encryptor import Encryptor
     from secagg.errors import SecaggError
     from secagg.keyholder import KeyHolder
-    from secagg.parameters import FloatSegment, IntegerSegment, Plan, TensorSpec
+    from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, Plan, TensorSpec
     from secagg.planner import explain, make_plan, plan_integers, plan_tensors
     from secagg.receipts import SigningKey
     from secagg.release import Release
     from secagg.sampling import Stream
+    from secagg.sketches import Sketch
     from secagg.upload import Upload
+    from secagg.verdicts import Verdict
 
 _HOME = {
+    "Sketch": "sketches",
+    "Verdict": "verdicts",
+    "NormCheck": "parameters",
+    "Challenger": "challenger",
     "Aggregate": "aggregator",
     "Aggregator": "aggregator",
     "Encryptor": "encryptor",
@@ -47,18 +54,22 @@ _HOME = {
 __all__ = [
     "Aggregate",
     "Aggregator",
+    "Challenger",
     "Encryptor",
     "FloatSegment",
     "IntegerSegment",
     "KeyHolder",
+    "NormCheck",
     "Plan",
     "Release",
     "RoundContext",
     "SecaggError",
     "SigningKey",
+    "Sketch",
     "Stream",
     "TensorSpec",
     "Upload",
+    "Verdict",
     "explain",
     "make_plan",
     "plan_integers",

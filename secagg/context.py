@@ -148,8 +148,11 @@ class RoundContext:
 
     def public_polynomials(self) -> NDArray[np.uint64]:
         """a_j for every block: uint64 (plan.blocks, 4096); nobody can give them structure."""
-        stream = Stream.derive("public polynomials", self.id.digest)
-        return uniform_polynomials(stream, self.plan.blocks)
+        return uniform_polynomials(self.public_stream(), self.plan.blocks)
+
+    def public_stream(self) -> Stream:
+        """Where the a_j come from, one after the other, for whoever wants a few at a time."""
+        return Stream.derive("public polynomials", self.id.digest)
 
 
 def rotation_string(task_id: str, round_number: int, plan: Plan) -> bytes:

@@ -11,20 +11,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secagg import ckks, ring
 from secagg.context import RoundContext
-from secagg.errors import InputError, SchemaError
+from secagg.errors import ContextError, InputError, SchemaError
 from secagg.onetime import errors, fresh_seed, message_salt, secret
 from secagg.packing import pack
 from secagg.quantize import Contribution, Quantized, quantize
-from secagg.receipts import Receipt, SigningKey
+from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 from secagg.residues import narrow
 from secagg.sampling import Stream
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
 
-__all__ = ["Encryptor", "encrypt_quantized"]
+__all__ = ["Encryptor", "encrypt_integers", "encrypt_quantized"]
 
 
 class Encryptor:
@@ -35,6 +36,8 @@ class Encryptor:
         identity: the client's signing key; a new one when omitted.
         rounding: source of the stochastic rounding; the operating system when omitted. A seeded
             stream makes a run repeatable and is for demos and tests only.
+        commitment: the server's commitment to its challenge, 32 bytes, as it came with the round;
+            needed where the plan has a norm check.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class Encryptor:
         context: RoundContext,
         identity: SigningKey | None = None,
         rounding: Stream | None = None,
+        commitment: bytes = NO_COMMITMENT,
     ) -> None:
         self._context = context
+        self._commitment = commitment
         self._identity = identity or SigningKey.generate()
         self._rounding = rounding or Stream.from_os()
 
@@ -81,38 +86,65 @@ class Encryptor:
             rotation=self._context.rotation,
             rounding=self._rounding,
         )
-        return encrypt_quantized(self._context, quantized, self._identity)
+        return encrypt_quantized(self._context, quantized, self._identity, self._commitment)
 
 
 def encrypt_quantized(
-    context: RoundContext, quantized: Sequence[Quantized], identity: SigningKey
+    context: RoundContext,
+    quantized: Sequence[Quantized],
+    identity: SigningKey,
+    commitment: bytes = NO_COMMITMENT,
 ) -> Upload:
     """Encrypt, seal and sign integers that are already quantised.
 
     Raises:
         InputError: they are not what the plan describes.
+        ContextError: the plan has a norm check, and there is no commitment; or the other way round.
     """
+    if (commitment != NO_COMMITMENT) != (context.plan.norm_check is not None):
+        raise ContextError(
+            "expected the server's commitment to its challenge exactly where the plan has a norm "
+            "check; pass the one that came with the round"
+        )
     for layout, part in zip(context.plan.layouts, quantized, strict=True):
         if np.abs(part.values).max(initial=0) > layout.max_abs:
             raise InputError(
                 f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
                 "with the round's plan"
             )
-    salt = message_salt(context.id.digest, (part.values for part in quantized))
+    return encrypt_integers(context, [part.values for part in quantized], identity, commitment)
+
+
+def encrypt_integers(
+    context: RoundContext,
+    parts: Sequence[NDArray[np.int64]],
+    identity: SigningKey,
+    commitment: bytes = NO_COMMITMENT,
+) -> Upload:
+    """Encrypt, seal and sign one vector of integers a segment, whatever they are.
+
+    Any client can send what this encrypts; an honest one has `encrypt_quantized` look at it first.
+
+    Args:
+        parts: int64 of shape (segment.values,) each.
+    """
+    salt = message_salt(context.id.digest, parts)
     seed = fresh_seed(salt)
     # The errors have a seed of their own, which nobody gets: the key holder sees the noise of an
     # audited upload, and who knows the errors can tell from it where a coefficient wrapped.
     coefficients = errors(fresh_seed(salt, "errors"), context.plan.blocks)
-    for (_, layout, blocks), part in zip(context.plan.block_ranges(), quantized, strict=True):
-        coefficients[blocks] += pack(layout, part.values)
+    for (_, layout, blocks), part in zip(context.plan.block_ranges(), parts, strict=True):
+        coefficients[blocks] += pack(layout, part)
     key = ring.to_ntt(secret(seed)[None])[0]
     payload = narrow(ckks.encrypt(coefficients, context.public_polynomials(), key))
-    return _signed(context, payload, seed, identity)
+    return _signed(context, payload, seed, identity, commitment)
 
 
-def _signed(context: RoundContext, payload: bytes, seed: bytes, identity: SigningKey) -> Upload:
+def _signed(
+    context: RoundContext, payload: bytes, seed: bytes, identity: SigningKey, commitment: bytes
+) -> Upload:
     upload_digest = hashlib.sha256(payload).digest()
     info = seal_info(context.id.digest, identity.public, upload_digest)
     sealed = seal(seed, context.round_key, info)
-    receipt = Receipt.sign(identity, context.id, upload_digest, sealed)
+    receipt = Receipt.sign(identity, context.id, upload_digest, sealed, commitment)
     return Upload(Admission(receipt, sealed), payload)

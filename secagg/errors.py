@@ -23,12 +23,14 @@
     │   └── UntrustedKeyError     not signed by the key that is pinned      UNTRUSTED_KEY
     ├── VersionError              the two sides speak different versions    WIRE_VERSION
     ├── AuditError                an audit log that was changed             AUDIT_BROKEN
+    ├── ForgedSketchError         an update was judged by something else    FORGED_SKETCH
     ├── UploadError (soft: one upload is refused, the round goes on)
     │   ├── MalformedError        bytes of the wrong size or range          MALFORMED
     │   ├── ContextError          made for another task, round, plan, model CONTEXT_MISMATCH
     │   ├── ReceiptError          the signature does not cover the upload   INVALID_RECEIPT
     │   ├── SealError             the sealed seed cannot be opened          INVALID_SEAL
     │   ├── DuplicateError        a second, different upload of one client  DUPLICATE_UPLOAD
+    │   ├── NormError             beyond the norm or direction allowed      NORM_REFUSED
     │   └── OffGridError          the noise audit named it                  OFF_GRID
     └── RoundError (hard: this round ends without a result)
         ├── NotReadyError         not yet: ask again later                  NOT_READY
@@ -56,12 +58,14 @@ __all__ = [
     "DuplicateError",
     "EarlyCertificateError",
     "ExpiredCertificateError",
+    "ForgedSketchError",
     "IdentityError",
     "InputError",
     "MalformedError",
     "MismatchError",
     "NoCertificateError",
     "NonFiniteError",
+    "NormError",
     "NotEnrolledError",
     "NotReadyError",
     "OffGridError",
@@ -236,6 +240,17 @@ class AuditError(SecaggError):
     exit_code = 65
 
 
+class ForgedSketchError(SecaggError):
+    """The key holder's verdict is on something that the server's committed challenge does not give.
+
+    The server asked something else about this update. The signed verdict proves it.
+    """
+
+    reason = "FORGED_SKETCH"
+    status = "DATA_LOSS"
+    exit_code = 77
+
+
 class UploadError(SecaggError):
     """One upload is refused; the round goes on without it."""
 
@@ -276,6 +291,12 @@ class DuplicateError(UploadError):
 
     reason = "DUPLICATE_UPLOAD"
     status = "ALREADY_EXISTS"
+
+
+class NormError(UploadError):
+    """The encrypted check found an update beyond the norm, or against the direction, allowed."""
+
+    reason = "NORM_REFUSED"
 
 
 class OffGridError(UploadError):

@@ -4,6 +4,10 @@ Neither the key of a sum nor its noise ever leaves this module: a release is exa
 (publishing a CKKS decryption as floats hands out the key: Li and Micciancio, eprint 2020/1533).
 The secrets are erased as soon as the round is released or abandoned.
 
+Where the plan has a norm check, an upload is summed only if its sketch has passed (`norm_check`).
+Verdicts are given all at once, when every admitted upload has its sketch: nobody can fit a question
+to the answer to another.
+
 When a sum does not open, somebody was off the grid. The noise audit (`noise_audit`) names them,
 once a round, and the sum over the others is opened; a second refusal closes the round.
 """
@@ -11,6 +15,7 @@ once a round, and the sum over the others is opened; a second refusal closes the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -22,21 +27,27 @@ from secagg.context import NO_MODEL, RoundContext
 from secagg.enrolment import OpenEnrolment, Roster
 from secagg.errors import (
     ClosedError,
+    ConfigurationError,
     DuplicateError,
+    NormError,
     QuorumError,
     ReleaseError,
     SealError,
 )
 from secagg.noise_audit import off_grid, opens
+from secagg.norm_check import passes
 from secagg.onetime import secret
 from secagg.packing import unpack
 from secagg.parameters import MODULUS, RING_DEGREE, Plan
+from secagg.receipts import Receipt, SigningKey
 from secagg.release import Release
 from secagg.sealing import RoundKeyPair, seal_info
+from secagg.sketches import Sketch
 from secagg.transcript import digest
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 
-__all__ = ["MAX_REFUSALS", "KeyHolder"]
+__all__ = ["MAX_REFUSALS", "Finding", "KeyHolder"]
 
 MAX_REFUSALS = 2
 """Sums that may fail to open before a round is closed for good."""
@@ -48,6 +59,19 @@ def _here(work: Callable[..., _T], *arguments: object) -> _T:
     return work(*arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the norm check found of one upload.
+
+    Attributes:
+        sketch_digest: SHA-256 of the sketch it was judged by.
+        passed: whether it may be summed.
+    """
+
+    sketch_digest: bytes
+    passed: bool
+
+
 class KeyHolder:
     """Holds the secrets of one attempt at one round.
 
@@ -56,11 +80,13 @@ class KeyHolder:
         task_id, round_number, attempt, model_digest: see `ContextId`.
         pair: the round key; a new one when omitted.
         roster: who may take part; anybody with a key when omitted.
+        identity: signs verdicts; a new one when omitted.
         compute: runs the heavy calculations, such as in another process; here when omitted.
 
     Attributes:
         context: what uploads must be made for.
         refusals: different sums that did not open.
+        identity_key: the public key that verdicts can be checked with, 32 bytes.
     """
 
     def __init__(
@@ -73,6 +99,7 @@ class KeyHolder:
         model_digest: bytes = NO_MODEL,
         pair: RoundKeyPair | None = None,
         roster: Roster | None = None,
+        identity: SigningKey | None = None,
         compute: Callable[..., _T] = _here,
     ) -> None:
         self._pair: RoundKeyPair | None = pair or RoundKeyPair()
@@ -81,6 +108,10 @@ class KeyHolder:
         self._seeds: dict[bytes, bytes] = {}  # by upload digest
         self._taken: set[bytes] = set()  # the same seeds
         self._uploads: dict[str, bytes] = {}  # upload digest by client
+        self._identity = identity or SigningKey.generate()
+        self._receipts: dict[bytes, Receipt] = {}  # by upload digest
+        self._findings: dict[bytes, Finding] = {}  # by upload digest
+        self._judged = False
         self._audited: dict[bytes, bool] = {}  # off the grid or not, by upload digest
         self._released: tuple[bytes, Release] | None = None
         self._refused: set[bytes] = set()  # names of manifests with their sums
@@ -94,9 +125,29 @@ class KeyHolder:
             model_digest=model_digest,
         )
 
-    def resume(self, refusals: int, audited: dict[bytes, bool]) -> None:
-        """Continue where another process ended: what it refused, and what its audit found."""
+    def resume(
+        self,
+        refusals: int,
+        audited: dict[bytes, bool],
+        findings: dict[bytes, Finding] | None = None,
+        *,
+        judged: bool = False,
+    ) -> None:
+        """Continue where another process ended.
+
+        Args:
+            refusals: sums that it refused.
+            audited: what its audit found, by upload digest.
+            findings: what its norm check found, by upload digest.
+            judged: whether it has given its verdicts.
+        """
         self.refusals, self._audited = refusals, dict(audited)
+        self._findings, self._judged = dict(findings or {}), judged
+
+    @property
+    def identity_key(self) -> bytes:
+        """See the class."""
+        return self._identity.public
 
     def admit(self, admission: Admission) -> str:
         """Check a receipt and open its seed; admitting the same upload again changes nothing.
@@ -110,7 +161,7 @@ class KeyHolder:
             SealError: the seed does not open, or is somebody else's.
             DuplicateError: another upload of this client, or this upload of another client, has
                 been admitted.
-            ClosedError: the round is over.
+            ClosedError: the round is over, or its verdicts have been given.
         """
         admission.verify(self.context)
         receipt = admission.receipt
@@ -122,8 +173,11 @@ class KeyHolder:
             raise DuplicateError(
                 "expected one upload a client and round, and each upload once; the first one stands"
             )
+        if self._judged:
+            raise ClosedError("expected uploads before the verdicts; they have been given")
         self._seeds[receipt.upload_digest] = self._open(admission)
         self._uploads[client] = receipt.upload_digest
+        self._receipts[receipt.upload_digest] = receipt
         return client
 
     def _open(self, admission: Admission) -> bytes:
@@ -136,6 +190,56 @@ class KeyHolder:
             raise SealError("expected a seed of its own for each client; this one is taken")
         self._taken.add(seed)
         return seed
+
+    def submit_sketch(self, sketch: Sketch) -> Finding:
+        """Look at an admitted upload's sketch; the same one again changes nothing.
+
+        Returns:
+            What was found. Not for the server to know before :meth:`verdicts`.
+
+        Raises:
+            ConfigurationError: the plan has no norm check.
+            ClosedError: the round is over.
+            SealError: the upload was not admitted.
+            DuplicateError: another sketch of this upload was judged; the first one stands.
+        """
+        plan, name = self.context.plan, sketch.upload_digest
+        if plan.norm_check is None:
+            raise ConfigurationError("expected a plan with a norm check; this one has none")
+        if self._pair is None:
+            raise ClosedError("expected an open round; this one is released or abandoned")
+        if name not in self._seeds:
+            raise SealError("expected a sketch of an admitted upload; this one was not")
+        known, sketch_digest = self._findings.get(name), sketch.digest
+        if known is None:
+            passed = self._compute(_passes, plan, self._seeds[name], sketch)
+            known = self._findings[name] = Finding(sketch_digest, bool(passed))
+        if known.sketch_digest != sketch_digest:
+            raise DuplicateError(
+                "expected the sketch that was judged before; one sketch an upload, and the first "
+                "one stands"
+            )
+        return known
+
+    def verdicts(self) -> list[Verdict]:
+        """All verdicts of the round, signed; from then on no other upload is admitted.
+
+        Raises:
+            ConfigurationError: the plan has no norm check.
+            ClosedError: the round is over, or an admitted upload has no sketch yet.
+        """
+        if self.context.plan.norm_check is None:
+            raise ConfigurationError("expected a plan with a norm check; this one has none")
+        if self._pair is None:
+            raise ClosedError("expected an open round; this one is released or abandoned")
+        if not self._findings.keys() >= self._seeds.keys():
+            raise ClosedError("expected a sketch of every admitted upload; one is missing; send it")
+        self._judged = True
+        return [self._verdict(name, self._findings[name]) for name in self._seeds]
+
+    def _verdict(self, name: bytes, found: Finding) -> Verdict:
+        receipt = self._receipts[name]
+        return Verdict.sign(self._identity, receipt, found.sketch_digest, accepted=found.passed)
 
     def release(self, aggregate: Aggregate) -> Release:
         """Admit the uploads of an aggregate and open its sum.
@@ -165,6 +269,7 @@ class KeyHolder:
             QuorumError: fewer distinct clients than the plan's minimum.
             ClosedError: more than its maximum, or another manifest has been released.
             SealError: an upload was not admitted.
+            NormError: the norm check has not accepted an upload.
             DuplicateError: an upload is named twice.
             ReleaseError: the residues are not the sum of these uploads; the second time, the round
                 is closed.
@@ -195,6 +300,10 @@ class KeyHolder:
             raise DuplicateError("expected each upload once in a manifest; one is repeated")
         if not self._seeds.keys() >= set(upload_digests):
             raise SealError("expected a manifest of admitted uploads; one of them was not")
+        if plan.norm_check is not None and not (
+            self._judged and all(self._findings[upload].passed for upload in upload_digests)
+        ):
+            raise NormError("expected a manifest of uploads whose norm was accepted; one was not")
         if self._audited and any(self._audited.get(upload, True) for upload in upload_digests):
             raise SealError("expected a manifest of uploads that passed the audit; one did not")
         if count < plan.min_clients:
@@ -216,7 +325,8 @@ class KeyHolder:
             low: uint32 (plan.blocks, 4096): the sum's low bits, see `noise_audit.dithered`.
 
         Raises:
-            QuorumError, ClosedError, SealError, DuplicateError: see :meth:`release_admitted`.
+            QuorumError, ClosedError, SealError, NormError, DuplicateError: see
+                :meth:`release_admitted`.
             ReleaseError: the sum would not open; counts as a refusal.
             InputError: another shape or type.
         """
@@ -274,6 +384,8 @@ class KeyHolder:
         self._seeds.clear()
         self._taken.clear()
         self._uploads.clear()
+        self._receipts.clear()
+        self._findings.clear()
         self._audited.clear()
 
     def __repr__(self) -> str:
@@ -288,6 +400,10 @@ def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:
     return bool(
         residues.shape == expected and residues.dtype == np.uint64 and residues.max() < MODULUS
     )
+
+
+def _passes(plan: Plan, seed: bytes, sketch: Sketch) -> bool:
+    return passes(plan, secret(seed), sketch)
 
 
 def _open_sum(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from secagg.errors import InputError, ReleaseError
 from secagg.parameters import RING_DEGREE, Layout
 
-__all__ = ["pack", "unpack"]
+__all__ = ["balanced_digits", "pack", "unpack"]
 
 
 def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -50,7 +50,8 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
 
     Args:
         coefficients: int64 of shape (layout.blocks, 4096), centred modulo q.
-        clients: how many are in the sum; no value may exceed what so many honest ones can reach.
+        clients: how many are in the sum; no value may exceed what so many honest ones can reach,
+            and what the norm check may let through.
 
     Returns:
         int64 of shape (layout.values,).
@@ -64,8 +65,9 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
             "expected every coefficient of the sum on the grid; got noise beyond the guard: an "
             "upload is missing, repeated, foreign or damaged; abort and collect the round again"
         )
-    values = _balanced_digits(layout, grid).reshape(-1)
-    if _largest(values) > clients * layout.max_abs or values[layout.values :].any():
+    values = balanced_digits(layout, grid).reshape(-1)
+    most = clients * layout.max_abs + layout.tolerance
+    if _largest(values) > most or values[layout.values :].any():
         raise ReleaseError(
             "expected every summed value within the planned range and padding of zero; got one "
             "beyond: a client did not follow the plan; abort and collect the round again"
@@ -73,8 +75,16 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
     return values[: layout.values]
 
 
-def _balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int64]:
-    digits = np.empty((layout.blocks, layout.digits, RING_DEGREE), dtype=np.int64)
+def balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Split grid numbers into digits.
+
+    Args:
+        grid: int64 of shape (rows, columns), magnitudes below 2**52.
+
+    Returns:
+        int64 of shape (rows, layout.digits, columns); all but the last digit within half a base.
+    """
+    digits = np.empty((grid.shape[0], layout.digits, grid.shape[1]), dtype=np.int64)
     half = layout.base // 2
     for index in range(layout.digits - 1):
         shifted = grid + half

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from operator import index
 
@@ -29,6 +29,7 @@ __all__ = [
     "FloatSegment",
     "IntegerSegment",
     "Layout",
+    "NormCheck",
     "Plan",
     "Segment",
     "TensorSpec",
@@ -251,11 +252,14 @@ class IntegerSegment:
         name: the segment's name, unique in its plan.
         size: how many integers.
         max_abs: V, the largest magnitude one client may contribute to one entry.
+        max_norm: L2 norm of one client's integers, 1 or more; V * sqrt(size), which says nothing
+            more, when omitted. A vote for one of many items, say, has a norm of 1.
     """
 
     name: str
     size: int
     max_abs: int
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         _check_name("segment", self.name)
@@ -265,6 +269,20 @@ class IntegerSegment:
                 f"expected size and max_abs of 1 or more; segment {self.name!r} has "
                 f"size={self.size}, max_abs={self.max_abs}"
             )
+        if self.max_norm is not None and not 1 <= self.max_norm <= self._largest_norm:
+            raise PlanError(
+                f"expected max_norm from 1 to max_abs * sqrt(size) = {self._largest_norm:g}; "
+                f"segment {self.name!r} has max_norm={self.max_norm}"
+            )
+
+    @property
+    def _largest_norm(self) -> float:
+        return self.max_abs * math.sqrt(self.size)
+
+    @property
+    def norm_bound(self) -> float:
+        """L2 norm of an honest client's integers."""
+        return self._largest_norm if self.max_norm is None else self.max_norm
 
     @property
     def values(self) -> int:
@@ -286,11 +304,14 @@ class Layout:
     Attributes:
         values: integers in the segment.
         max_abs: V, magnitude of one client's integer.
-        sum_abs: R = max_clients * V, magnitude of a summed integer.
+        sum_abs: R = max_clients * V + tolerance, magnitude of a summed integer.
         base: B >= 4R + 2, so that a digit beyond R is recognised instead of carried.
         digits: integers in one coefficient.
         shift: s, log2 of the grid.
         guard: G, the largest noise of a sum, up to the plan's failure probability; 2**s > 2G.
+        norm: T, the L2 norm that one honest client's integers do not exceed; 0 without a check.
+        tolerance: what clients that the norm check lets through may add to a summed integer beyond
+            an honest client's share; 0 without a check.
     """
 
     values: int
@@ -300,11 +321,47 @@ class Layout:
     digits: int
     shift: int
     guard: int
+    norm: int = 0
+    tolerance: int = 0
 
     @property
     def blocks(self) -> int:
         """Number of polynomials."""
         return -(-self.values // (self.digits * RING_DEGREE))
+
+
+@dataclass(frozen=True, slots=True)
+class NormCheck:
+    """How uploads are checked before they are summed: see `sketches` and docs/checks.md.
+
+    Attributes:
+        margin: how far above its bound the estimated norm of an honest update may come out, as a
+            fraction of the bound; estimates have a standard deviation of 3 to 5 percent.
+        sketches: independent looks at an update. Each halves what an update made to be overlooked
+            can hope for, and costs 20 to 24 KiB between server and key holder.
+        tolerated: f, accepted clients that break the plan, and still cannot stop a round.
+        min_cosine: also refuse updates whose cosine to the last round's aggregate is below this;
+            None for no direction check. The key holder then sees each update's cosine.
+    """
+
+    margin: float = 0.2
+    sketches: int = 16
+    tolerated: int = 1
+    min_cosine: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_integers(sketches=self.sketches, tolerated=self.tolerated)
+        if not 0.15 <= self.margin <= 1.0:
+            raise PlanError(
+                "expected a margin from 0.15, below which honest updates are refused, to 1.0; got "
+                f"margin={self.margin}"
+            )
+        if not 8 <= self.sketches <= 64:
+            raise PlanError(f"expected 8 to 64 sketches; got sketches={self.sketches}")
+        if not 0 <= self.tolerated <= MAX_COHORT:
+            raise PlanError(f"expected tolerated from 0 to {MAX_COHORT}; got {self.tolerated}")
+        if self.min_cosine is not None and not -1.0 <= self.min_cosine <= 0.5:
+            raise PlanError(f"expected min_cosine from -1 to 0.5; got {self.min_cosine}")
 
 
 @dataclass(frozen=True)
@@ -318,12 +375,14 @@ class Plan:
         layouts: one for each segment.
         min_clients: fewest distinct clients whose sum may be opened; 3 or more.
         max_clients: most clients whose sum is guaranteed exact.
+        norm_check: what an upload must pass before it may be summed; None for nothing.
     """
 
     segments: tuple[Segment, ...]
     layouts: tuple[Layout, ...] = field(repr=False)
     min_clients: int
     max_clients: int
+    norm_check: NormCheck | None = None
 
     @property
     def blocks(self) -> int:
@@ -365,16 +424,26 @@ class Plan:
             "min_clients": self.min_clients,
             "max_clients": self.max_clients,
             "segments": [_canonical_segment(segment) for segment in self.segments],
-            "layouts": [
-                [lay.values, lay.max_abs, lay.base, lay.digits, lay.shift, lay.guard]
-                for lay in self.layouts
-            ],
+            "layouts": [list(astuple(layout)) for layout in self.layouts],
+            "norm_check": _canonical_check(self.norm_check),
         }
+
+
+def _canonical_check(check: NormCheck | None) -> list[object] | None:
+    if check is None:
+        return None
+    cosine = None if check.min_cosine is None else float(check.min_cosine).hex()
+    return [float(check.margin).hex(), check.sketches, check.tolerated, cosine]
 
 
 def _canonical_segment(segment: Segment) -> dict[str, object]:
     if isinstance(segment, IntegerSegment):
-        return {"name": segment.name, "size": segment.size, "max_abs": str(segment.max_abs)}
+        return {
+            "name": segment.name,
+            "size": segment.size,
+            "max_abs": str(segment.max_abs),
+            "max_norm": float(segment.norm_bound).hex(),
+        }
     return {
         "name": segment.name,
         "tensors": [[tensor.name, list(tensor.shape)] for tensor in segment.tensors],

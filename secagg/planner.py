@@ -9,6 +9,12 @@ The derivation, for n clients whose honest integers are at most V (see docs/ciph
 * The grid 2**s > 2G separates values from noise.
 * d digits fit when 2**s B**d <= q. The sum then stays within q/2 either way, because R < B/4 makes
   it smaller than 2**s B**d / 3.
+
+With a norm check (docs/checks.md), for honest norms of at most T and f clients that break the plan:
+
+* R = n V + f 1.5 T, and G grows by 28 f: what the checks let through cannot stop a round.
+* B >= 8 (1 + margin) T: a sketch of an accepted update stays within a digit at four sigma.
+* 2**s is large enough for a sketch's own noise to be lost in the norm.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from secagg.parameters import (
     FloatSegment,
     IntegerSegment,
     Layout,
+    NormCheck,
     Plan,
     Segment,
     TensorSpec,
@@ -38,6 +45,7 @@ from secagg.parameters import (
     check_ring,
 )
 from secagg.sampling import CBD_BITS, ERROR_STD
+from secagg.sketch_shape import SKETCH_SIGMAS, quietest_shift
 
 __all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
 
@@ -45,8 +53,20 @@ FAILURE_BITS = 40
 """An honest sum is refused for noise with probability below 2**-40."""
 
 
+_AUDITED_NOISE = 28  # the largest that a noise audit may let pass
+
+_BEYOND = 1.5  # an update of 1.5 times its bound is refused, whatever its form (docs/checks.md)
+
+# Standard deviation of rounding to b bits, summed; see `_honest_norm`.
+_ROUNDING_SIGMAS = 6.0
+
+
 def make_plan(
-    segments: Sequence[Segment], *, max_clients: int, min_clients: int = MIN_COHORT
+    segments: Sequence[Segment],
+    *,
+    max_clients: int,
+    min_clients: int = MIN_COHORT,
+    norm_check: NormCheck | None = None,
 ) -> Plan:
     """Derive the layout of every segment.
 
@@ -54,6 +74,7 @@ def make_plan(
         segments: 1 to 16 uniquely named segments.
         max_clients: largest cohort whose sum must be exact.
         min_clients: smallest cohort whose sum may be opened, at least 3.
+        norm_check: what uploads are checked for before they are summed.
 
     Raises:
         PlanError: no exact plan exists; the message names the limit and what would work.
@@ -62,9 +83,12 @@ def make_plan(
     _check_cohort(min_clients, max_clients)
     _check_segments(segments)
     _check_weights(segments, min_clients, max_clients)
+    _check_direction(segments, norm_check)
     guard = _guard(max_clients, sum(segment.values for segment in segments))
-    layouts = tuple(_layout(segment, max_clients, guard) for segment in segments)
-    return Plan(tuple(segments), layouts, min_clients, max_clients)
+    if norm_check is not None:
+        guard += _AUDITED_NOISE * norm_check.tolerated
+    layouts = tuple(_layout(segment, max_clients, guard, norm_check) for segment in segments)
+    return Plan(tuple(segments), layouts, min_clients, max_clients, norm_check)
 
 
 def plan_tensors(
@@ -76,12 +100,13 @@ def plan_tensors(
     min_clients: int = MIN_COHORT,
     weighting: Weighting = "equal",
     weight_cap: int = 1,
+    norm_check: NormCheck | None = None,
 ) -> Plan:
     """A plan with one float segment called ``update``.
 
     Args:
         tensors: shapes by name, or a number for a single flat vector called ``vector``.
-        max_clients, min_clients: see :func:`make_plan`.
+        max_clients, min_clients, norm_check: see :func:`make_plan`.
         clip, bits, weighting, weight_cap: see `FloatSegment`.
 
     Raises:
@@ -90,19 +115,29 @@ def plan_tensors(
     shapes = {"vector": (tensors,)} if isinstance(tensors, int) else tensors
     specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in shapes.items())
     segment = FloatSegment("update", specs, clip, bits, weighting, weight_cap)
-    return make_plan([segment], max_clients=max_clients, min_clients=min_clients)
+    return make_plan(
+        [segment], max_clients=max_clients, min_clients=min_clients, norm_check=norm_check
+    )
 
 
 def plan_integers(
-    size: int, *, max_clients: int, max_abs: int, min_clients: int = MIN_COHORT
+    size: int,
+    *,
+    max_clients: int,
+    max_abs: int,
+    max_norm: float | None = None,
+    min_clients: int = MIN_COHORT,
+    norm_check: NormCheck | None = None,
 ) -> Plan:
     """A plan with one integer segment called ``counts``.
 
     Raises:
         PlanError: no exact plan exists.
     """
-    segment = IntegerSegment("counts", size, max_abs)
-    return make_plan([segment], max_clients=max_clients, min_clients=min_clients)
+    segment = IntegerSegment("counts", size, max_abs, max_norm)
+    return make_plan(
+        [segment], max_clients=max_clients, min_clients=min_clients, norm_check=norm_check
+    )
 
 
 def _check_cohort(min_clients: int, max_clients: int) -> None:
@@ -157,14 +192,51 @@ def _guard(clients: int, values: int) -> int:
     return min(math.ceil(c * ERROR_STD * math.sqrt(clients)), CBD_BITS * clients)
 
 
-def _layout(segment: Segment, clients: int, guard: int) -> Layout:
-    sum_abs = clients * segment.max_abs
-    base = 4 * sum_abs + 2
+def _check_direction(segments: Sequence[Segment], check: NormCheck | None) -> None:
+    if check is None or check.min_cosine is None:
+        return
+    updates = [segment for segment in segments if isinstance(segment, FloatSegment)]
+    if len(updates) != 1:
+        raise PlanError(
+            "expected one float segment, whose direction min_cosine is about; got "
+            f"{len(updates)}; leave min_cosine out"
+        )
+
+
+def _layout(segment: Segment, clients: int, guard: int, check: NormCheck | None) -> Layout:
+    norm = tolerance = least_base = 0
     shift = (2 * guard).bit_length()
+    if check is not None:
+        norm = _honest_norm(segment)
+        tolerance = check.tolerated * math.ceil(_BEYOND * norm)
+        least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * norm)
+        shift = max(shift, quietest_shift(norm, segment.values))
+    sum_abs = clients * segment.max_abs + tolerance
+    base = max(4 * sum_abs + 2, least_base)
     digits = _most_digits(base, shift)
     if digits < 1:
-        raise PlanError(_refusal(segment, clients, shift))
-    return Layout(segment.values, segment.max_abs, sum_abs, base, digits, shift, guard)
+        raise PlanError(_refusal(segment, clients, shift, base, check))
+    return Layout(
+        segment.values, segment.max_abs, sum_abs, base, digits, shift, guard, norm, tolerance
+    )
+
+
+def _honest_norm(segment: Segment) -> int:
+    """T: L2 norm, in quantisation steps, that an honest client's integers do not exceed.
+
+    Stochastic rounding of x adds p (1 - p) <= 1/4 to its square, p its fractional part; for
+    magnitudes below one the square becomes |x|. Over n coordinates with a mean square of t, that
+    is at most n sqrt(t) for t <= 1/4 and n (t + 1/4) beyond (the concave envelope). The sum strays
+    from that by a standard deviation of at most sqrt(2 n t + n / 2).
+    """
+    if isinstance(segment, IntegerSegment):
+        return math.ceil(segment.norm_bound)
+    count, energy = segment.values, (segment.norm_bound / segment.step) ** 2
+    mean = energy / count
+    expected = count * (math.sqrt(mean) if mean <= 0.25 else mean + 0.25)
+    stray = _ROUNDING_SIGMAS * math.sqrt(2 * energy + count / 2)
+    most = count * segment.max_abs**2
+    return math.ceil(math.sqrt(min(expected + stray, most)))
 
 
 def _most_digits(base: int, shift: int) -> int:
@@ -174,13 +246,16 @@ def _most_digits(base: int, shift: int) -> int:
     return digits
 
 
-def _refusal(segment: Segment, clients: int, shift: int) -> str:
+def _refusal(segment: Segment, clients: int, shift: int, base: int, check: NormCheck | None) -> str:
     # Only integers can be too large: 16 bits of a million clients fit with room to spare.
+    works = ((MODULUS >> shift) - 2) // 4 // clients
+    hint = f"max_abs={works} would work"
+    if check is not None:
+        hint = "plan a smaller max_abs or max_norm, fewer tolerated clients, or no norm check"
     return (
         f"segment {segment.name!r}: the sum of {clients} clients with values up to "
-        f"{segment.max_abs} needs {(4 * clients * segment.max_abs + 2).bit_length()} bits above a "
-        f"grid of {shift}, but the modulus has {MODULUS.bit_length()}; "
-        f"max_abs={((MODULUS >> shift) - 2) // 4 // clients} would work"
+        f"{segment.max_abs} needs {base.bit_length()} bits above a grid of {shift}, but the "
+        f"modulus has {MODULUS.bit_length()}; {hint}"
     )
 
 
@@ -224,6 +299,8 @@ def explain(plan: Plan) -> list[Fact]:
     ]
     for segment, layout in zip(plan.segments, plan.layouts, strict=True):
         rows += _explain_segment(segment, layout)
+    if plan.norm_check is not None:
+        rows.append(_explain_check(plan.norm_check))
     rows += [
         Fact("ciphertexts", f"{plan.blocks} polynomials", "one each: the other half is public"),
         Fact(
@@ -236,6 +313,15 @@ def explain(plan: Plan) -> list[Fact]:
     return rows
 
 
+def _explain_check(check: NormCheck) -> Fact:
+    direction = "" if check.min_cosine is None else f", cosine at least {check.min_cosine:g}"
+    return Fact(
+        "norm check",
+        f"{check.sketches} sketches, margin {check.margin:.0%}{direction}",
+        f"{check.tolerated} client(s) that get past it cannot stop a round",
+    )
+
+
 def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
     name = segment.name
     used = _used_bits(layout)
@@ -243,12 +329,12 @@ def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
         Fact(
             f"{name}: range",
             f"±{layout.max_abs} a client, ±{layout.sum_abs} in the sum",
-            "R = clients times V",
+            "R = clients times V" + (", and what may get past the norm check" * bool(layout.norm)),
         ),
         Fact(
             f"{name}: digits",
             f"{layout.digits} in base {layout.base} a coefficient",
-            "B = 4R + 2: a digit out of range shows instead of carrying",
+            "B >= 4R + 2: a digit out of range shows instead of carrying",
         ),
         Fact(
             f"{name}: headroom",
@@ -261,6 +347,14 @@ def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
             f"{BLOCK_BYTES} bytes each, for {segment.values} values",
         ),
     ]
+    if layout.norm:
+        rows.append(
+            Fact(
+                f"{name}: norm",
+                f"at most {layout.norm} steps",
+                "what an honest client cannot exceed; refused above it and the margin",
+            )
+        )
     if isinstance(segment, FloatSegment):
         rows.insert(
             0,

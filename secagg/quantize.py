@@ -31,6 +31,7 @@ __all__ = [
     "quantize",
     "quantize_integers",
     "quantize_update",
+    "rotated",
     "unflatten",
 ]
 
@@ -196,6 +197,23 @@ def quantize_update(
     return _round(segment, blocks.reshape(-1), clipped, rounding)
 
 
+def rotated(
+    segment: FloatSegment, vector: NDArray[np.float32], rotation: bytes
+) -> NDArray[np.float32]:
+    """Where the coordinates of a flat vector without a weight come to lie, before rounding.
+
+    Args:
+        vector: float32 of shape (segment.parameters,), in canonical order.
+
+    Returns:
+        float32 of shape (segment.values,), of the same norm.
+    """
+    blocks = _spread(segment, vector, 1.0, 0.0)
+    _flip_signs(blocks, rotation, segment)
+    _rotate(blocks)
+    return blocks.reshape(-1)
+
+
 def _weight(segment: FloatSegment, samples: int) -> float:
     if samples < 1:
         raise InputError(f"expected an update trained on 1 or more samples; got {samples=}")
@@ -297,7 +315,8 @@ def quantize_integers(segment: IntegerSegment, values: ArrayLike, *, rotation: b
 
     Raises:
         SchemaError: not a vector of ``segment.size`` integers.
-        InputError: a magnitude above ``segment.max_abs``; names the index.
+        InputError: a magnitude above ``segment.max_abs``, which names the index; or a norm above
+            ``segment.max_norm``.
     """
     array = np.asarray(values)
     if array.shape != (segment.size,) or array.dtype.kind not in "iu":
@@ -310,6 +329,11 @@ def quantize_integers(segment: IntegerSegment, values: ArrayLike, *, rotation: b
         raise InputError(
             f"segment {segment.name!r}: expected magnitudes of at most {segment.max_abs}; "
             f"index={int(np.argmax(beyond))} is larger; cap it or plan a larger max_abs"
+        )
+    if segment.max_norm is not None and np.linalg.norm(array.astype(float)) > segment.max_norm:
+        raise InputError(
+            f"segment {segment.name!r}: expected a norm of at most {segment.max_norm:g}; it is "
+            "larger; contribute less, or plan a larger max_norm"
         )
     return Quantized(array.astype(np.int64) * _integer_signs(segment, rotation))
 

@@ -17,10 +17,13 @@ from secagg.context import ContextId
 from secagg.errors import MalformedError, ReceiptError
 from secagg.transcript import DIGEST_BYTES, encode
 
-__all__ = ["CLIENT_KEY_BYTES", "SIGNATURE_BYTES", "Receipt", "SigningKey"]
+__all__ = ["CLIENT_KEY_BYTES", "NO_COMMITMENT", "SIGNATURE_BYTES", "Receipt", "SigningKey"]
 
 CLIENT_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+
+NO_COMMITMENT = bytes(DIGEST_BYTES)
+"""What a receipt holds of the server's challenge in a round without a norm check."""
 
 
 class SigningKey:
@@ -67,6 +70,8 @@ class Receipt:
         client_key: 32-byte Ed25519 public key that names the client.
         upload_digest: SHA-256 of the ciphertext bytes.
         sealed_seed_sha256: SHA-256 of the sealed seed.
+        challenge_commitment: the server's commitment to what it will ask about this upload, as the
+            client received it (see `challenges`); `NO_COMMITMENT` without a norm check.
         signature: 64 bytes over all of the above.
     """
 
@@ -74,16 +79,23 @@ class Receipt:
     client_key: bytes = field(repr=False)
     upload_digest: bytes
     sealed_seed_sha256: bytes
+    challenge_commitment: bytes = field(repr=False)
     signature: bytes = field(repr=False)
 
     @classmethod
     def sign(
-        cls, key: SigningKey, context: ContextId, upload_digest: bytes, sealed_seed: bytes
+        cls,
+        key: SigningKey,
+        context: ContextId,
+        upload_digest: bytes,
+        sealed_seed: bytes,
+        challenge_commitment: bytes = NO_COMMITMENT,
     ) -> Receipt:
-        """Sign an upload and its sealed seed."""
+        """Sign an upload, its sealed seed and the challenge that it will have to answer."""
         sealed_sha = hashlib.sha256(sealed_seed).digest()
-        message = _message(context, key.public, upload_digest, sealed_sha)
-        return cls(context, key.public, upload_digest, sealed_sha, key.sign(message))
+        message = _message(context, key.public, upload_digest, sealed_sha, challenge_commitment)
+        signature = key.sign(message)
+        return cls(context, key.public, upload_digest, sealed_sha, challenge_commitment, signature)
 
     def verify(self, context: ContextId, sealed_seed: bytes) -> None:
         """Check that the receipt belongs to this round and covers this sealed seed.
@@ -96,6 +108,7 @@ class Receipt:
         expected = {
             "client_key": CLIENT_KEY_BYTES,
             "upload_digest": DIGEST_BYTES,
+            "challenge_commitment": DIGEST_BYTES,
             "signature": SIGNATURE_BYTES,
         }
         for name, size in expected.items():
@@ -105,7 +118,13 @@ class Receipt:
                 )
         if hashlib.sha256(sealed_seed).digest() != self.sealed_seed_sha256:
             raise ReceiptError("expected the sealed seed that the receipt signs; its hash differs")
-        message = _message(context, self.client_key, self.upload_digest, self.sealed_seed_sha256)
+        message = _message(
+            context,
+            self.client_key,
+            self.upload_digest,
+            self.sealed_seed_sha256,
+            self.challenge_commitment,
+        )
         try:
             Ed25519PublicKey.from_public_bytes(self.client_key).verify(self.signature, message)
         except (InvalidSignature, ValueError):
@@ -115,5 +134,7 @@ class Receipt:
             ) from None
 
 
-def _message(context: ContextId, client_key: bytes, upload: bytes, sealed_sha256: bytes) -> bytes:
-    return encode("receipt", context.digest, client_key, upload, sealed_sha256)
+def _message(
+    context: ContextId, client_key: bytes, upload: bytes, sealed_sha256: bytes, commitment: bytes
+) -> bytes:
+    return encode("receipt", context.digest, client_key, upload, sealed_sha256, commitment)

@@ -23,6 +23,7 @@ __all__ = [
     "ERROR_STD",
     "Stream",
     "centred_binomial",
+    "coin_differences",
     "signs",
     "ternary",
     "uniform_polynomials",
@@ -131,3 +132,11 @@ def signs(stream: Stream, count: int) -> NDArray[np.int8]:
     octets = np.frombuffer(stream.read((count + 7) // 8), dtype=np.uint8)
     bits = np.unpackbits(octets, count=count, bitorder="little")
     return (bits.astype(np.int8) << 1) - 1
+
+
+def coin_differences(stream: Stream, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Differences of two fair bits: int64 in {-1, 0, 1} with probabilities 1/4, 1/2, 1/4."""
+    count = math.prod(shape)
+    octets = np.frombuffer(stream.read((2 * count + 7) // 8), dtype=np.uint8)
+    bits = np.unpackbits(octets, count=2 * count, bitorder="little").view(np.int8)
+    return (bits[:count] - bits[count:]).reshape(shape).astype(np.int64)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secagg.context import RoundContext
-from secagg.errors import MalformedError
-from secagg.receipts import Receipt
+from secagg.errors import MalformedError, ReceiptError
+from secagg.receipts import NO_COMMITMENT, Receipt
 from secagg.residues import widen
 
 __all__ = ["Admission", "Upload"]
@@ -28,8 +28,16 @@ class Admission:
 
         Raises:
             ContextError, ReceiptError: see `Receipt.verify`.
+            ReceiptError: it commits to no challenge, and the plan has a norm check; or the other
+                way round.
         """
         self.receipt.verify(context.id, self.sealed_seed)
+        committed = self.receipt.challenge_commitment != NO_COMMITMENT
+        if committed != (context.plan.norm_check is not None):
+            raise ReceiptError(
+                "expected a receipt with a challenge commitment exactly where the plan has a norm "
+                "check; encrypt with the commitment that came with the round"
+            )
 
 
 @dataclass(frozen=True, slots=True)

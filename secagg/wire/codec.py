@@ -16,12 +16,21 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ConfigurationError, MalformedError
-from secagg.parameters import MAX_TENSORS, FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
+from secagg.parameters import (
+    MAX_TENSORS,
+    FloatSegment,
+    IntegerSegment,
+    NormCheck,
+    Plan,
+    Segment,
+    TensorSpec,
+)
 from secagg.planner import make_plan
 from secagg.receipts import CLIENT_KEY_BYTES, SIGNATURE_BYTES, Receipt
 from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
 from secagg.transcript import DIGEST_BYTES
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 from secagg.wire.v1 import plan_pb2, round_pb2
 
 __all__ = [
@@ -41,11 +50,15 @@ __all__ = [
     "piece_count",
     "plan_from_wire",
     "plan_to_wire",
+    "receipt_from_wire",
+    "receipt_to_wire",
     "round_context_from_wire",
     "sums_from_bytes",
     "sums_to_bytes",
     "tensors_from_wire",
     "tensors_to_wire",
+    "verdict_from_wire",
+    "verdict_to_wire",
 ]
 
 MAX_MESSAGE_BYTES = 2 << 20
@@ -117,12 +130,31 @@ def plan_to_wire(plan: Plan) -> plan_pb2.Plan:
         min_clients=plan.min_clients,
         max_clients=plan.max_clients,
         segments=[_segment_to_wire(segment) for segment in plan.segments],
+        norm_check=_norm_check_to_wire(plan.norm_check),
     )
+
+
+def _norm_check_to_wire(check: NormCheck | None) -> plan_pb2.NormCheck | None:
+    if check is None:
+        return None
+    return plan_pb2.NormCheck(
+        margin=check.margin,
+        sketches=check.sketches,
+        tolerated=check.tolerated,
+        min_cosine=check.min_cosine,
+    )
+
+
+def _norm_check_from_wire(message: plan_pb2.NormCheck) -> NormCheck:
+    cosine = message.min_cosine if message.HasField("min_cosine") else None
+    return NormCheck(message.margin, message.sketches, message.tolerated, cosine)
 
 
 def _segment_to_wire(segment: Segment) -> plan_pb2.Segment:
     if isinstance(segment, IntegerSegment):
-        integers = plan_pb2.IntegerSegment(size=segment.size, max_abs=segment.max_abs)
+        integers = plan_pb2.IntegerSegment(
+            size=segment.size, max_abs=segment.max_abs, max_norm=segment.max_norm or 0.0
+        )
         return plan_pb2.Segment(name=segment.name, integers=integers)
     floats = plan_pb2.FloatSegment(
         tensors=tensors_to_wire(segment.tensors),
@@ -142,13 +174,21 @@ def plan_from_wire(message: plan_pb2.Plan) -> Plan:
         PlanError: no exact plan exists for it.
     """
     segments = [_segment_from_wire(segment) for segment in message.segments]
-    return make_plan(segments, min_clients=message.min_clients, max_clients=message.max_clients)
+    check = _norm_check_from_wire(message.norm_check) if message.HasField("norm_check") else None
+    return make_plan(
+        segments,
+        min_clients=message.min_clients,
+        max_clients=message.max_clients,
+        norm_check=check,
+    )
 
 
 def _segment_from_wire(message: plan_pb2.Segment) -> Segment:
     kind = message.WhichOneof("kind")
     if kind == "integers":
-        return IntegerSegment(message.name, message.integers.size, message.integers.max_abs)
+        integers = message.integers
+        max_norm = integers.max_norm or None
+        return IntegerSegment(message.name, integers.size, integers.max_abs, max_norm)
     if kind != "floats":
         raise MalformedError("expected a segment of floats or integers; got neither")
     floats = message.floats
@@ -208,18 +248,38 @@ def round_context_from_wire(
     return RoundContext(context_id_from_wire(context), plan_from_wire(plan), round_key)
 
 
+def receipt_to_wire(receipt: Receipt) -> round_pb2.Receipt:
+    """A receipt."""
+    return round_pb2.Receipt(
+        context=context_id_to_wire(receipt.context),
+        client_key=receipt.client_key,
+        upload_digest=receipt.upload_digest,
+        sealed_seed_sha256=receipt.sealed_seed_sha256,
+        challenge_commitment=receipt.challenge_commitment,
+        signature=receipt.signature,
+    )
+
+
+def receipt_from_wire(message: round_pb2.Receipt) -> Receipt:
+    """A receipt, its fields of the right sizes; not yet verified.
+
+    Raises:
+        MalformedError: a field of the wrong size.
+    """
+    return Receipt(
+        context_id_from_wire(message.context),
+        exact("client_key", message.client_key, CLIENT_KEY_BYTES),
+        exact("upload_digest", message.upload_digest, DIGEST_BYTES),
+        exact("sealed_seed_sha256", message.sealed_seed_sha256, DIGEST_BYTES),
+        exact("challenge_commitment", message.challenge_commitment, DIGEST_BYTES),
+        exact("signature", message.signature, SIGNATURE_BYTES),
+    )
+
+
 def admission_to_wire(admission: Admission) -> round_pb2.Admission:
     """Receipt and sealed seed."""
-    receipt = admission.receipt
     return round_pb2.Admission(
-        receipt=round_pb2.Receipt(
-            context=context_id_to_wire(receipt.context),
-            client_key=receipt.client_key,
-            upload_digest=receipt.upload_digest,
-            sealed_seed_sha256=receipt.sealed_seed_sha256,
-            signature=receipt.signature,
-        ),
-        sealed_seed=admission.sealed_seed,
+        receipt=receipt_to_wire(admission.receipt), sealed_seed=admission.sealed_seed
     )
 
 
@@ -229,16 +289,39 @@ def admission_from_wire(message: round_pb2.Admission) -> Admission:
     Raises:
         MalformedError: a field of the wrong size.
     """
-    receipt = message.receipt
-    return Admission(
-        Receipt(
-            context_id_from_wire(receipt.context),
-            exact("client_key", receipt.client_key, CLIENT_KEY_BYTES),
-            exact("upload_digest", receipt.upload_digest, DIGEST_BYTES),
-            exact("sealed_seed_sha256", receipt.sealed_seed_sha256, DIGEST_BYTES),
-            exact("signature", receipt.signature, SIGNATURE_BYTES),
-        ),
-        exact("sealed_seed", message.sealed_seed, SEALED_SEED_BYTES),
+    sealed = exact("sealed_seed", message.sealed_seed, SEALED_SEED_BYTES)
+    return Admission(receipt_from_wire(message.receipt), sealed)
+
+
+def verdict_to_wire(verdict: Verdict) -> round_pb2.NormVerdict:
+    """A signed verdict."""
+    state = (
+        round_pb2.VERDICT_STATE_ACCEPTED if verdict.accepted else round_pb2.VERDICT_STATE_REJECTED
+    )
+    return round_pb2.NormVerdict(
+        receipt=receipt_to_wire(verdict.receipt),
+        sketch_digest=verdict.sketch_digest,
+        state=state,
+        identity=verdict.identity,
+        signature=verdict.signature,
+    )
+
+
+def verdict_from_wire(message: round_pb2.NormVerdict) -> Verdict:
+    """A signed verdict; not yet verified.
+
+    Raises:
+        MalformedError: a field of the wrong size, or neither accepted nor rejected.
+    """
+    known = (round_pb2.VERDICT_STATE_ACCEPTED, round_pb2.VERDICT_STATE_REJECTED)
+    if message.state not in known:
+        raise MalformedError("expected a verdict that accepts or rejects; got neither")
+    return Verdict(
+        receipt_from_wire(message.receipt),
+        exact("sketch_digest", message.sketch_digest, DIGEST_BYTES),
+        message.state == round_pb2.VERDICT_STATE_ACCEPTED,
+        exact("identity", message.identity, CLIENT_KEY_BYTES),
+        exact("signature", message.signature, SIGNATURE_BYTES),
     )
 
 

@@ -273,7 +273,7 @@ class KeyHolderClient:
 
         async def requests() -> AsyncIterator[pb.AuditNoiseRequest]:
             name = context_id_to_wire(context.id)
-            upload = pb.AuditedUpload(context=name, upload_digest=upload_digest)
+            upload = pb.NamedUpload(context=name, upload_digest=upload_digest)
             yield pb.AuditNoiseRequest(upload=upload)
             data = low_to_bytes(low)
             for index in range(piece_count(len(data))):

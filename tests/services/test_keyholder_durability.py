@@ -259,7 +259,7 @@ def low_bits(context: RoundContext, upload: Upload) -> bytes:
 
 
 def named(context: ContextId, digest: bytes) -> pb.AuditNoiseRequest:
-    upload = pb.AuditedUpload(context=codec.context_id_to_wire(context), upload_digest=digest)
+    upload = pb.NamedUpload(context=codec.context_id_to_wire(context), upload_digest=digest)
     return pb.AuditNoiseRequest(upload=upload)
 
 

@@ -381,7 +381,7 @@ def test_a_sum_larger_than_the_plans_is_cut_at_once(made: Site) -> None:
 def test_an_audited_upload_larger_than_the_plans_is_cut_at_once(made: Site) -> None:
     context = opened(made)
     first = key_holder_service_pb2.AuditNoiseRequest(
-        upload=key_holder_service_pb2.AuditedUpload(
+        upload=key_holder_service_pb2.NamedUpload(
             context=context_id_to_wire(context.id), upload_digest=bytes(32)
         )
     )

@@ -26,7 +26,7 @@ from secagg.wire.v1 import plan_pb2 as secagg_dot_wire_dot_v1_dot_plan__pb2
 from secagg.wire.v1 import round_pb2 as secagg_dot_wire_dot_v1_dot_round__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(secagg/wire/v1/aggregation_service.proto\x12\x0esecagg.wire.v1\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"N\n\x0fGetRoundRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_round\x18\x02 \x01(\r\x12\x15\n\rafter_attempt\x18\x03 \x01(\r\"\xf2\x01\n\x10GetRoundResponse\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x11\n\tround_key\x18\x03 \x01(\x0c\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x1b\n\x13key_holder_identity\x18\x07 \x01(\x0c\x12\x1b\n\x13round_key_signature\x18\x08 \x01(\x0c\"e\n\x0fGetModelRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\rH\x00\x12\x10\n\x06latest\x18\x03 \x01(\x08H\x00\x12\x13\n\x0b\x63hunk_index\x18\x04 \x01(\rB\x07\n\x05which\"\x9e\x01\n\x10GetModelResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12+\n\x07tensors\x18\x06 \x03(\x0b\x32\x1a.secagg.wire.v1.TensorSpec\"A\n\x11OpenUploadRequest\x12,\n\tadmission\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.Admission\"X\n\x12OpenUploadResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.UploadState\x12\x16\n\x0emissing_chunks\x18\x02 \x03(\r\"\x8b\x01\n\x0fPutChunkRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x12\n\x10PutChunkResponse\"l\n\x13\x43ommitUploadRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\"B\n\x14\x43ommitUploadResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.UploadState2\xb1\x03\n\x12\x41ggregationService\x12M\n\x08GetRound\x12\x1f.secagg.wire.v1.GetRoundRequest\x1a .secagg.wire.v1.GetRoundResponse\x12M\n\x08GetModel\x12\x1f.secagg.wire.v1.GetModelRequest\x1a .secagg.wire.v1.GetModelResponse\x12S\n\nOpenUpload\x12!.secagg.wire.v1.OpenUploadRequest\x1a\".secagg.wire.v1.OpenUploadResponse\x12M\n\x08PutChunk\x12\x1f.secagg.wire.v1.PutChunkRequest\x1a .secagg.wire.v1.PutChunkResponse\x12Y\n\x0c\x43ommitUpload\x12#.secagg.wire.v1.CommitUploadRequest\x1a$.secagg.wire.v1.CommitUploadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(secagg/wire/v1/aggregation_service.proto\x12\x0esecagg.wire.v1\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"b\n\x0fGetRoundRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_round\x18\x02 \x01(\r\x12\x15\n\rafter_attempt\x18\x03 \x01(\r\x12\x12\n\nclient_key\x18\x04 \x01(\x0c\"\x90\x02\n\x10GetRoundResponse\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x11\n\tround_key\x18\x03 \x01(\x0c\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x14\n\x0cremaining_ms\x18\x05 \x01(\r\x12\x14\n\x0crounds_total\x18\x06 \x01(\r\x12\x1b\n\x13key_holder_identity\x18\x07 \x01(\x0c\x12\x1b\n\x13round_key_signature\x18\x08 \x01(\x0c\x12\x1c\n\x14\x63hallenge_commitment\x18\t \x01(\x0c\"e\n\x0fGetModelRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\rH\x00\x12\x10\n\x06latest\x18\x03 \x01(\x08H\x00\x12\x13\n\x0b\x63hunk_index\x18\x04 \x01(\rB\x07\n\x05which\"\x9e\x01\n\x10GetModelResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12+\n\x07tensors\x18\x06 \x03(\x0b\x32\x1a.secagg.wire.v1.TensorSpec\"A\n\x11OpenUploadRequest\x12,\n\tadmission\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.Admission\"X\n\x12OpenUploadResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.UploadState\x12\x16\n\x0emissing_chunks\x18\x02 \x03(\r\"\x8b\x01\n\x0fPutChunkRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x12\n\x10PutChunkResponse\"l\n\x13\x43ommitUploadRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\"B\n\x14\x43ommitUploadResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.UploadState\"S\n\x11GetVerdictRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\"\x83\x01\n\x12GetVerdictResponse\x12,\n\x07verdict\x18\x01 \x01(\x0b\x32\x1b.secagg.wire.v1.NormVerdict\x12\x15\n\rchallenge_key\x18\x02 \x01(\x0c\x12\x11\n\tdirection\x18\x03 \x01(\x08\x12\x15\n\rmodel_version\x18\x04 \x01(\r2\x86\x04\n\x12\x41ggregationService\x12M\n\x08GetRound\x12\x1f.secagg.wire.v1.GetRoundRequest\x1a .secagg.wire.v1.GetRoundResponse\x12M\n\x08GetModel\x12\x1f.secagg.wire.v1.GetModelRequest\x1a .secagg.wire.v1.GetModelResponse\x12S\n\nOpenUpload\x12!.secagg.wire.v1.OpenUploadRequest\x1a\".secagg.wire.v1.OpenUploadResponse\x12M\n\x08PutChunk\x12\x1f.secagg.wire.v1.PutChunkRequest\x1a .secagg.wire.v1.PutChunkResponse\x12Y\n\x0c\x43ommitUpload\x12#.secagg.wire.v1.CommitUploadRequest\x1a$.secagg.wire.v1.CommitUploadResponse\x12S\n\nGetVerdict\x12!.secagg.wire.v1.GetVerdictRequest\x1a\".secagg.wire.v1.GetVerdictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secagg.wire.v1.aggregation_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETROUNDREQUEST']._serialized_start=115
-  _globals['_GETROUNDREQUEST']._serialized_end=193
-  _globals['_GETROUNDRESPONSE']._serialized_start=196
-  _globals['_GETROUNDRESPONSE']._serialized_end=438
-  _globals['_GETMODELREQUEST']._serialized_start=440
-  _globals['_GETMODELREQUEST']._serialized_end=541
-  _globals['_GETMODELRESPONSE']._serialized_start=544
-  _globals['_GETMODELRESPONSE']._serialized_end=702
-  _globals['_OPENUPLOADREQUEST']._serialized_start=704
-  _globals['_OPENUPLOADREQUEST']._serialized_end=769
-  _globals['_OPENUPLOADRESPONSE']._serialized_start=771
-  _globals['_OPENUPLOADRESPONSE']._serialized_end=859
-  _globals['_PUTCHUNKREQUEST']._serialized_start=862
-  _globals['_PUTCHUNKREQUEST']._serialized_end=1001
-  _globals['_PUTCHUNKRESPONSE']._serialized_start=1003
-  _globals['_PUTCHUNKRESPONSE']._serialized_end=1021
-  _globals['_COMMITUPLOADREQUEST']._serialized_start=1023
-  _globals['_COMMITUPLOADREQUEST']._serialized_end=1131
-  _globals['_COMMITUPLOADRESPONSE']._serialized_start=1133
-  _globals['_COMMITUPLOADRESPONSE']._serialized_end=1199
-  _globals['_AGGREGATIONSERVICE']._serialized_start=1202
-  _globals['_AGGREGATIONSERVICE']._serialized_end=1635
+  _globals['_GETROUNDREQUEST']._serialized_end=213
+  _globals['_GETROUNDRESPONSE']._serialized_start=216
+  _globals['_GETROUNDRESPONSE']._serialized_end=488
+  _globals['_GETMODELREQUEST']._serialized_start=490
+  _globals['_GETMODELREQUEST']._serialized_end=591
+  _globals['_GETMODELRESPONSE']._serialized_start=594
+  _globals['_GETMODELRESPONSE']._serialized_end=752
+  _globals['_OPENUPLOADREQUEST']._serialized_start=754
+  _globals['_OPENUPLOADREQUEST']._serialized_end=819
+  _globals['_OPENUPLOADRESPONSE']._serialized_start=821
+  _globals['_OPENUPLOADRESPONSE']._serialized_end=909
+  _globals['_PUTCHUNKREQUEST']._serialized_start=912
+  _globals['_PUTCHUNKREQUEST']._serialized_end=1051
+  _globals['_PUTCHUNKRESPONSE']._serialized_start=1053
+  _globals['_PUTCHUNKRESPONSE']._serialized_end=1071
+  _globals['_COMMITUPLOADREQUEST']._serialized_start=1073
+  _globals['_COMMITUPLOADREQUEST']._serialized_end=1181
+  _globals['_COMMITUPLOADRESPONSE']._serialized_start=1183
+  _globals['_COMMITUPLOADRESPONSE']._serialized_end=1249
+  _globals['_GETVERDICTREQUEST']._serialized_start=1251
+  _globals['_GETVERDICTREQUEST']._serialized_end=1334
+  _globals['_GETVERDICTRESPONSE']._serialized_start=1337
+  _globals['_GETVERDICTRESPONSE']._serialized_end=1468
+  _globals['_AGGREGATIONSERVICE']._serialized_start=1471
+  _globals['_AGGREGATIONSERVICE']._serialized_end=1989
 # @@protoc_insertion_point(module_scope)

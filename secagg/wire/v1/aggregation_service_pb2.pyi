@@ -9,17 +9,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetRoundRequest(_message.Message):
-    __slots__ = ("task_id", "after_round", "after_attempt")
+    __slots__ = ("task_id", "after_round", "after_attempt", "client_key")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_ROUND_FIELD_NUMBER: _ClassVar[int]
     AFTER_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     after_round: int
     after_attempt: int
-    def __init__(self, task_id: _Optional[str] = ..., after_round: _Optional[int] = ..., after_attempt: _Optional[int] = ...) -> None: ...
+    client_key: bytes
+    def __init__(self, task_id: _Optional[str] = ..., after_round: _Optional[int] = ..., after_attempt: _Optional[int] = ..., client_key: _Optional[bytes] = ...) -> None: ...
 
 class GetRoundResponse(_message.Message):
-    __slots__ = ("context", "plan", "round_key", "model_version", "remaining_ms", "rounds_total", "key_holder_identity", "round_key_signature")
+    __slots__ = ("context", "plan", "round_key", "model_version", "remaining_ms", "rounds_total", "key_holder_identity", "round_key_signature", "challenge_commitment")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +30,7 @@ class GetRoundResponse(_message.Message):
     ROUNDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KEY_HOLDER_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEY_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     context: _round_pb2.ContextId
     plan: _plan_pb2.Plan
     round_key: bytes
@@ -36,7 +39,8 @@ class GetRoundResponse(_message.Message):
     rounds_total: int
     key_holder_identity: bytes
     round_key_signature: bytes
-    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., round_key: _Optional[bytes] = ..., model_version: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., rounds_total: _Optional[int] = ..., key_holder_identity: _Optional[bytes] = ..., round_key_signature: _Optional[bytes] = ...) -> None: ...
+    challenge_commitment: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., round_key: _Optional[bytes] = ..., model_version: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., rounds_total: _Optional[int] = ..., key_holder_identity: _Optional[bytes] = ..., round_key_signature: _Optional[bytes] = ..., challenge_commitment: _Optional[bytes] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("task_id", "version", "latest", "chunk_index")
@@ -113,3 +117,23 @@ class CommitUploadResponse(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     state: _round_pb2.UploadState
     def __init__(self, state: _Optional[_Union[_round_pb2.UploadState, str]] = ...) -> None: ...
+
+class GetVerdictRequest(_message.Message):
+    __slots__ = ("context", "client_key")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    context: _round_pb2.ContextId
+    client_key: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., client_key: _Optional[bytes] = ...) -> None: ...
+
+class GetVerdictResponse(_message.Message):
+    __slots__ = ("verdict", "challenge_key", "direction", "model_version")
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_KEY_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    verdict: _round_pb2.NormVerdict
+    challenge_key: bytes
+    direction: bool
+    model_version: int
+    def __init__(self, verdict: _Optional[_Union[_round_pb2.NormVerdict, _Mapping]] = ..., challenge_key: _Optional[bytes] = ..., direction: bool = ..., model_version: _Optional[int] = ...) -> None: ...

@@ -60,6 +60,11 @@ class AggregationServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadResponse.FromString,
                 _registered_method=True)
+        self.GetVerdict = channel.unary_unary(
+                '/secagg.wire.v1.AggregationService/GetVerdict',
+                request_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.FromString,
+                _registered_method=True)
 
 
 class AggregationServiceServicer(object):
@@ -109,6 +114,16 @@ class AggregationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVerdict(self, request, context):
+        """What the key holder found of the caller's upload, and the challenge key by which the caller can
+        recompute what it was asked. UNAVAILABLE/NOT_READY with RetryInfo before the verdict is there;
+        FAILED_PRECONDITION/ROUND_CLOSED when there will be none, or it has been forgotten;
+        INVALID_ARGUMENT/CONFIGURATION where the plan has no norm check.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AggregationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -136,6 +151,11 @@ def add_AggregationServiceServicer_to_server(servicer, server):
                     servicer.CommitUpload,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadResponse.SerializeToString,
+            ),
+            'GetVerdict': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerdict,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -274,6 +294,33 @@ class AggregationService(object):
             '/secagg.wire.v1.AggregationService/CommitUpload',
             secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.CommitUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/secagg.wire.v1.AggregationService/GetVerdict',
+            secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.FromString,
             options,
             channel_credentials,
             insecure,

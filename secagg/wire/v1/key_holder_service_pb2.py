@@ -26,7 +26,7 @@ from secagg.wire.v1 import plan_pb2 as secagg_dot_wire_dot_v1_dot_plan__pb2
 from secagg.wire.v1 import round_pb2 as secagg_dot_wire_dot_v1_dot_round__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'secagg/wire/v1/key_holder_service.proto\x12\x0esecagg.wire.v1\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"\x84\x01\n\x10OpenRoundRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\x0c\"w\n\x11OpenRoundResponse\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x11\n\tround_key\x18\x02 \x01(\x0c\x12\x10\n\x08identity\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"p\n\x13JudgeUploadsRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12-\n\nadmissions\x18\x02 \x03(\x0b\x32\x19.secagg.wire.v1.Admission\"A\n\x14JudgeUploadsResponse\x12)\n\x08verdicts\x18\x01 \x03(\x0b\x32\x17.secagg.wire.v1.Verdict\"[\n\x0f\x43heckSumRequest\x12,\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.ManifestH\x00\x12\x12\n\x08low_bits\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x12\n\x10\x43heckSumResponse\"Z\n\x0eReleaseRequest\x12,\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.ManifestH\x00\x12\x12\n\x08residues\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"N\n\x08Manifest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x16\n\x0eupload_digests\x18\x02 \x03(\x0c\"5\n\x0fReleaseResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontributors\x18\x02 \x01(\r\"`\n\x11\x41uditNoiseRequest\x12/\n\x06upload\x18\x01 \x01(\x0b\x32\x1d.secagg.wire.v1.AuditedUploadH\x00\x12\x12\n\x08low_bits\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"R\n\rAuditedUpload\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x15\n\rupload_digest\x18\x02 \x01(\x0c\">\n\x12\x41uditNoiseResponse\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Verdict\"?\n\x11\x43loseRoundRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\"\x14\n\x12\x43loseRoundResponse2\x8c\x04\n\x10KeyHolderService\x12P\n\tOpenRound\x12 .secagg.wire.v1.OpenRoundRequest\x1a!.secagg.wire.v1.OpenRoundResponse\x12Y\n\x0cJudgeUploads\x12#.secagg.wire.v1.JudgeUploadsRequest\x1a$.secagg.wire.v1.JudgeUploadsResponse\x12O\n\x08\x43heckSum\x12\x1f.secagg.wire.v1.CheckSumRequest\x1a .secagg.wire.v1.CheckSumResponse(\x01\x12N\n\x07Release\x12\x1e.secagg.wire.v1.ReleaseRequest\x1a\x1f.secagg.wire.v1.ReleaseResponse(\x01\x30\x01\x12U\n\nAuditNoise\x12!.secagg.wire.v1.AuditNoiseRequest\x1a\".secagg.wire.v1.AuditNoiseResponse(\x01\x12S\n\nCloseRound\x12!.secagg.wire.v1.CloseRoundRequest\x1a\".secagg.wire.v1.CloseRoundResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'secagg/wire/v1/key_holder_service.proto\x12\x0esecagg.wire.v1\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"\x84\x01\n\x10OpenRoundRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\x0c\"w\n\x11OpenRoundResponse\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x11\n\tround_key\x18\x02 \x01(\x0c\x12\x10\n\x08identity\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"p\n\x13JudgeUploadsRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12-\n\nadmissions\x18\x02 \x03(\x0b\x32\x19.secagg.wire.v1.Admission\"A\n\x14JudgeUploadsResponse\x12)\n\x08verdicts\x18\x01 \x03(\x0b\x32\x17.secagg.wire.v1.Verdict\"^\n\x13SubmitSketchRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.secagg.wire.v1.NamedUploadH\x00\x12\x10\n\x06sketch\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x16\n\x14SubmitSketchResponse\"@\n\x12GetVerdictsRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\"D\n\x13GetVerdictsResponse\x12-\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1b.secagg.wire.v1.NormVerdict\"[\n\x0f\x43heckSumRequest\x12,\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.ManifestH\x00\x12\x12\n\x08low_bits\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x12\n\x10\x43heckSumResponse\"Z\n\x0eReleaseRequest\x12,\n\x08manifest\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.ManifestH\x00\x12\x12\n\x08residues\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"N\n\x08Manifest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x16\n\x0eupload_digests\x18\x02 \x03(\x0c\"5\n\x0fReleaseResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontributors\x18\x02 \x01(\r\"^\n\x11\x41uditNoiseRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.secagg.wire.v1.NamedUploadH\x00\x12\x12\n\x08low_bits\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"P\n\x0bNamedUpload\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x15\n\rupload_digest\x18\x02 \x01(\x0c\">\n\x12\x41uditNoiseResponse\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Verdict\"?\n\x11\x43loseRoundRequest\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\"\x14\n\x12\x43loseRoundResponse2\xc3\x05\n\x10KeyHolderService\x12P\n\tOpenRound\x12 .secagg.wire.v1.OpenRoundRequest\x1a!.secagg.wire.v1.OpenRoundResponse\x12Y\n\x0cJudgeUploads\x12#.secagg.wire.v1.JudgeUploadsRequest\x1a$.secagg.wire.v1.JudgeUploadsResponse\x12[\n\x0cSubmitSketch\x12#.secagg.wire.v1.SubmitSketchRequest\x1a$.secagg.wire.v1.SubmitSketchResponse(\x01\x12X\n\x0bGetVerdicts\x12\".secagg.wire.v1.GetVerdictsRequest\x1a#.secagg.wire.v1.GetVerdictsResponse0\x01\x12O\n\x08\x43heckSum\x12\x1f.secagg.wire.v1.CheckSumRequest\x1a .secagg.wire.v1.CheckSumResponse(\x01\x12N\n\x07Release\x12\x1e.secagg.wire.v1.ReleaseRequest\x1a\x1f.secagg.wire.v1.ReleaseResponse(\x01\x30\x01\x12U\n\nAuditNoise\x12!.secagg.wire.v1.AuditNoiseRequest\x1a\".secagg.wire.v1.AuditNoiseResponse(\x01\x12S\n\nCloseRound\x12!.secagg.wire.v1.CloseRoundRequest\x1a\".secagg.wire.v1.CloseRoundResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,26 +41,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JUDGEUPLOADSREQUEST']._serialized_end=482
   _globals['_JUDGEUPLOADSRESPONSE']._serialized_start=484
   _globals['_JUDGEUPLOADSRESPONSE']._serialized_end=549
-  _globals['_CHECKSUMREQUEST']._serialized_start=551
-  _globals['_CHECKSUMREQUEST']._serialized_end=642
-  _globals['_CHECKSUMRESPONSE']._serialized_start=644
-  _globals['_CHECKSUMRESPONSE']._serialized_end=662
-  _globals['_RELEASEREQUEST']._serialized_start=664
-  _globals['_RELEASEREQUEST']._serialized_end=754
-  _globals['_MANIFEST']._serialized_start=756
-  _globals['_MANIFEST']._serialized_end=834
-  _globals['_RELEASERESPONSE']._serialized_start=836
-  _globals['_RELEASERESPONSE']._serialized_end=889
-  _globals['_AUDITNOISEREQUEST']._serialized_start=891
-  _globals['_AUDITNOISEREQUEST']._serialized_end=987
-  _globals['_AUDITEDUPLOAD']._serialized_start=989
-  _globals['_AUDITEDUPLOAD']._serialized_end=1071
-  _globals['_AUDITNOISERESPONSE']._serialized_start=1073
-  _globals['_AUDITNOISERESPONSE']._serialized_end=1135
-  _globals['_CLOSEROUNDREQUEST']._serialized_start=1137
-  _globals['_CLOSEROUNDREQUEST']._serialized_end=1200
-  _globals['_CLOSEROUNDRESPONSE']._serialized_start=1202
-  _globals['_CLOSEROUNDRESPONSE']._serialized_end=1222
-  _globals['_KEYHOLDERSERVICE']._serialized_start=1225
-  _globals['_KEYHOLDERSERVICE']._serialized_end=1749
+  _globals['_SUBMITSKETCHREQUEST']._serialized_start=551
+  _globals['_SUBMITSKETCHREQUEST']._serialized_end=645
+  _globals['_SUBMITSKETCHRESPONSE']._serialized_start=647
+  _globals['_SUBMITSKETCHRESPONSE']._serialized_end=669
+  _globals['_GETVERDICTSREQUEST']._serialized_start=671
+  _globals['_GETVERDICTSREQUEST']._serialized_end=735
+  _globals['_GETVERDICTSRESPONSE']._serialized_start=737
+  _globals['_GETVERDICTSRESPONSE']._serialized_end=805
+  _globals['_CHECKSUMREQUEST']._serialized_start=807
+  _globals['_CHECKSUMREQUEST']._serialized_end=898
+  _globals['_CHECKSUMRESPONSE']._serialized_start=900
+  _globals['_CHECKSUMRESPONSE']._serialized_end=918
+  _globals['_RELEASEREQUEST']._serialized_start=920
+  _globals['_RELEASEREQUEST']._serialized_end=1010
+  _globals['_MANIFEST']._serialized_start=1012
+  _globals['_MANIFEST']._serialized_end=1090
+  _globals['_RELEASERESPONSE']._serialized_start=1092
+  _globals['_RELEASERESPONSE']._serialized_end=1145
+  _globals['_AUDITNOISEREQUEST']._serialized_start=1147
+  _globals['_AUDITNOISEREQUEST']._serialized_end=1241
+  _globals['_NAMEDUPLOAD']._serialized_start=1243
+  _globals['_NAMEDUPLOAD']._serialized_end=1323
+  _globals['_AUDITNOISERESPONSE']._serialized_start=1325
+  _globals['_AUDITNOISERESPONSE']._serialized_end=1387
+  _globals['_CLOSEROUNDREQUEST']._serialized_start=1389
+  _globals['_CLOSEROUNDREQUEST']._serialized_end=1452
+  _globals['_CLOSEROUNDRESPONSE']._serialized_start=1454
+  _globals['_CLOSEROUNDRESPONSE']._serialized_end=1474
+  _globals['_KEYHOLDERSERVICE']._serialized_start=1477
+  _globals['_KEYHOLDERSERVICE']._serialized_end=2184
 # @@protoc_insertion_point(module_scope)

@@ -48,6 +48,30 @@ class JudgeUploadsResponse(_message.Message):
     verdicts: _containers.RepeatedCompositeFieldContainer[_round_pb2.Verdict]
     def __init__(self, verdicts: _Optional[_Iterable[_Union[_round_pb2.Verdict, _Mapping]]] = ...) -> None: ...
 
+class SubmitSketchRequest(_message.Message):
+    __slots__ = ("upload", "sketch")
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_FIELD_NUMBER: _ClassVar[int]
+    upload: NamedUpload
+    sketch: bytes
+    def __init__(self, upload: _Optional[_Union[NamedUpload, _Mapping]] = ..., sketch: _Optional[bytes] = ...) -> None: ...
+
+class SubmitSketchResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetVerdictsRequest(_message.Message):
+    __slots__ = ("context",)
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    context: _round_pb2.ContextId
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ...) -> None: ...
+
+class GetVerdictsResponse(_message.Message):
+    __slots__ = ("verdicts",)
+    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    verdicts: _containers.RepeatedCompositeFieldContainer[_round_pb2.NormVerdict]
+    def __init__(self, verdicts: _Optional[_Iterable[_Union[_round_pb2.NormVerdict, _Mapping]]] = ...) -> None: ...
+
 class CheckSumRequest(_message.Message):
     __slots__ = ("manifest", "low_bits")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -88,11 +112,11 @@ class AuditNoiseRequest(_message.Message):
     __slots__ = ("upload", "low_bits")
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     LOW_BITS_FIELD_NUMBER: _ClassVar[int]
-    upload: AuditedUpload
+    upload: NamedUpload
     low_bits: bytes
-    def __init__(self, upload: _Optional[_Union[AuditedUpload, _Mapping]] = ..., low_bits: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, upload: _Optional[_Union[NamedUpload, _Mapping]] = ..., low_bits: _Optional[bytes] = ...) -> None: ...
 
-class AuditedUpload(_message.Message):
+class NamedUpload(_message.Message):
     __slots__ = ("context", "upload_digest")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]

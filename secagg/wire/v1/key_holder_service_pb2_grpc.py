@@ -46,6 +46,16 @@ class KeyHolderServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.FromString,
                 _registered_method=True)
+        self.SubmitSketch = channel.stream_unary(
+                '/secagg.wire.v1.KeyHolderService/SubmitSketch',
+                request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchResponse.FromString,
+                _registered_method=True)
+        self.GetVerdicts = channel.unary_stream(
+                '/secagg.wire.v1.KeyHolderService/GetVerdicts',
+                request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsResponse.FromString,
+                _registered_method=True)
         self.CheckSum = channel.stream_unary(
                 '/secagg.wire.v1.KeyHolderService/CheckSum',
                 request_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.CheckSumRequest.SerializeToString,
@@ -88,6 +98,25 @@ class KeyHolderServiceServicer(object):
     def JudgeUploads(self, request, context):
         """Judges uploads: checks each receipt and opens each sealed seed, before the manifest is fixed.
         Idempotent by upload digest. FAILED_PRECONDITION/ROUND_CLOSED for a round that is not open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitSketch(self, request_iterator, context):
+        """Judges the sketch of an admitted upload: the upload's name first, then the sketch. The answer
+        says nothing; see GetVerdicts. Again with the same sketch: nothing changes; with another one,
+        ALREADY_EXISTS/DUPLICATE_UPLOAD. INVALID_ARGUMENT/INVALID_SEAL for an upload not judged ACCEPTED
+        by JudgeUploads, CONFIGURATION where the plan has no norm check, MALFORMED for another size.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetVerdicts(self, request, context):
+        """The signed verdicts on all sketches of an attempt, once each admitted upload has one;
+        FAILED_PRECONDITION/ROUND_CLOSED before. From then on no other upload is admitted, and only
+        uploads ACCEPTED here may be released. Again: the same verdicts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +173,16 @@ def add_KeyHolderServiceServicer_to_server(servicer, server):
                     servicer.JudgeUploads,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.SerializeToString,
+            ),
+            'SubmitSketch': grpc.stream_unary_rpc_method_handler(
+                    servicer.SubmitSketch,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchResponse.SerializeToString,
+            ),
+            'GetVerdicts': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetVerdicts,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsResponse.SerializeToString,
             ),
             'CheckSum': grpc.stream_unary_rpc_method_handler(
                     servicer.CheckSum,
@@ -222,6 +261,60 @@ class KeyHolderService(object):
             '/secagg.wire.v1.KeyHolderService/JudgeUploads',
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.JudgeUploadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitSketch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/secagg.wire.v1.KeyHolderService/SubmitSketch',
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.SubmitSketchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdicts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/secagg.wire.v1.KeyHolderService/GetVerdicts',
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_key__holder__service__pb2.GetVerdictsResponse.FromString,
             options,
             channel_credentials,
             insecure,

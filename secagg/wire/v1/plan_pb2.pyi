@@ -17,14 +17,28 @@ WEIGHTING_EQUAL: Weighting
 WEIGHTING_SAMPLES: Weighting
 
 class Plan(_message.Message):
-    __slots__ = ("min_clients", "max_clients", "segments")
+    __slots__ = ("min_clients", "max_clients", "segments", "norm_check")
     MIN_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    NORM_CHECK_FIELD_NUMBER: _ClassVar[int]
     min_clients: int
     max_clients: int
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    def __init__(self, min_clients: _Optional[int] = ..., max_clients: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+    norm_check: NormCheck
+    def __init__(self, min_clients: _Optional[int] = ..., max_clients: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., norm_check: _Optional[_Union[NormCheck, _Mapping]] = ...) -> None: ...
+
+class NormCheck(_message.Message):
+    __slots__ = ("margin", "sketches", "tolerated", "min_cosine")
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    SKETCHES_FIELD_NUMBER: _ClassVar[int]
+    TOLERATED_FIELD_NUMBER: _ClassVar[int]
+    MIN_COSINE_FIELD_NUMBER: _ClassVar[int]
+    margin: float
+    sketches: int
+    tolerated: int
+    min_cosine: float
+    def __init__(self, margin: _Optional[float] = ..., sketches: _Optional[int] = ..., tolerated: _Optional[int] = ..., min_cosine: _Optional[float] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("name", "floats", "integers")
@@ -59,9 +73,11 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class IntegerSegment(_message.Message):
-    __slots__ = ("size", "max_abs")
+    __slots__ = ("size", "max_abs", "max_norm")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_ABS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NORM_FIELD_NUMBER: _ClassVar[int]
     size: int
     max_abs: int
-    def __init__(self, size: _Optional[int] = ..., max_abs: _Optional[int] = ...) -> None: ...
+    max_norm: float
+    def __init__(self, size: _Optional[int] = ..., max_abs: _Optional[int] = ..., max_norm: _Optional[float] = ...) -> None: ...

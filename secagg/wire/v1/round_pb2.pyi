@@ -64,18 +64,20 @@ class ContextId(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., round_key_id: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("context", "client_key", "upload_digest", "sealed_seed_sha256", "signature")
+    __slots__ = ("context", "client_key", "upload_digest", "sealed_seed_sha256", "signature", "challenge_commitment")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SEALED_SEED_SHA256_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     context: ContextId
     client_key: bytes
     upload_digest: bytes
     sealed_seed_sha256: bytes
     signature: bytes
-    def __init__(self, context: _Optional[_Union[ContextId, _Mapping]] = ..., client_key: _Optional[bytes] = ..., upload_digest: _Optional[bytes] = ..., sealed_seed_sha256: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    challenge_commitment: bytes
+    def __init__(self, context: _Optional[_Union[ContextId, _Mapping]] = ..., client_key: _Optional[bytes] = ..., upload_digest: _Optional[bytes] = ..., sealed_seed_sha256: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., challenge_commitment: _Optional[bytes] = ...) -> None: ...
 
 class Admission(_message.Message):
     __slots__ = ("receipt", "sealed_seed")
@@ -94,3 +96,17 @@ class Verdict(_message.Message):
     state: VerdictState
     reason: str
     def __init__(self, upload_digest: _Optional[bytes] = ..., state: _Optional[_Union[VerdictState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class NormVerdict(_message.Message):
+    __slots__ = ("receipt", "sketch_digest", "state", "identity", "signature")
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    receipt: Receipt
+    sketch_digest: bytes
+    state: VerdictState
+    identity: bytes
+    signature: bytes
+    def __init__(self, receipt: _Optional[_Union[Receipt, _Mapping]] = ..., sketch_digest: _Optional[bytes] = ..., state: _Optional[_Union[VerdictState, str]] = ..., identity: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
