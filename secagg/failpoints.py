@@ -29,6 +29,8 @@ NAMES = frozenset(
         "key-stored",
         "round-recorded",
         "upload-admitted",
+        "sketch-judged",
+        "verdicts-given",
         "release-recorded",
         "release-key-erased",
         "round-closed",

@@ -28,9 +28,10 @@ BLINDS = 2
 SKETCH_SIGMAS = 4.0
 """Standard deviations of an accepted update's sketch that fit into half a digit."""
 
-# Values that an estimate averages over, at the least: its standard deviation is then 3 to 4.5 %
-# of the norm, depending on how evenly the energy lies in the digits.
+# Values that an estimate averages over, at the least: over all digits, and in each by itself, where
+# an update may have all its energy. Its standard deviation is 3 to 4.5 % of the norm.
 _VALUES = 512
+_VALUES_OF_A_DIGIT = 256
 
 # Noise may add this much to an honest energy; its mean is subtracted, so that only its spread
 # counts.
@@ -107,7 +108,7 @@ def norm_shapes(plan: Plan) -> list[Shape]:
 
 
 def _norm_shape(layout: Layout, check: NormCheck) -> Shape:
-    wanted = math.ceil(_VALUES / (check.sketches * layout.digits))
+    wanted = math.ceil(max(_VALUES / layout.digits, _VALUES_OF_A_DIGIT) / check.sketches)
     dropped = 2 if _quiet(layout.norm, layout.shift, 2, layout.blocks) else 1
     return Shape(check.sketches, 1 << (wanted - 1).bit_length(), dropped)
 

@@ -6,8 +6,8 @@ random inner products are norms (Johnson and Lindenstrauss); structured multipli
 affordable on ciphertexts. For row i of a segment with blocks j:
 
 * The multiplier of block j is r_ij = sum_l (u_ijl + X**2048 v_ijl) p_il: two short random
-  polynomials p_il, mixed anew for each block by random u, v in {-1, 0, 1}. So each block is looked
-  at through a multiplier of its own, for the price of two products a row.
+  polynomials p_il, mixed anew for each block by random u, v in {-1, 0, 1}, two of them not zero. So
+  each block is looked at through a multiplier of its own, for the price of two products a row.
 * The row's values are a few coefficients, at random places, of sum_j r_ij c_j.
 * The row's *mask* is sum_j r_ij a_j, with an error added and its lowest bytes cut off: with it, and
   with the client's key, the values open, up to noise that does not matter. To whoever does not know
@@ -247,9 +247,10 @@ class _NormLook:
     def __init__(self, shape: Shape, blocks: slice, stream: Stream) -> None:
         self._shape, self._blocks = shape, blocks
         mixes, width = shape.rows * BLINDS * 2, RING_DEGREE // shape.values
-        count = blocks.stop - blocks.start
-        self._mixes = coin_differences(stream, (mixes, count)).astype(np.float64)
-        self._blinds = _odd(coin_differences(stream, (shape.rows * BLINDS, RING_DEGREE)))
+        self._mixes = _mixes(stream, shape.rows, blocks.stop - blocks.start)
+        self._blinds = _odd_and_even(
+            coin_differences(stream, (shape.rows, BLINDS, RING_DEGREE))
+        ).reshape(-1, RING_DEGREE)
         # One in each of as many equal stretches.
         drawn = stream.uint32(shape.rows * shape.values).reshape(shape.rows, shape.values)
         places = np.arange(shape.values) * width + drawn % width
@@ -331,13 +332,43 @@ class _DirectionLook:
         return Rows(self._shape, positions, uploaded[:, :1], masks)
 
 
-def _odd(blinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Polynomials whose value at 1 is odd.
+def _mix_table() -> NDArray[np.float64]:
+    """The mix that each byte stands for: (256, BLINDS, 2), all u and v.
 
-    Of even ones, a shift of every coefficient by half a digit would be seen in no row.
+    Half of the bytes take one of the two places of either blind, a quarter both places of the
+    first, a quarter both of the second; signs are free. Two places always: all blocks count alike,
+    however few they are. And as often an odd number of the first blind's places as an even one: see
+    `_odd_and_even`.
     """
-    even = blinds.sum(axis=1) % 2 == 0
-    blinds[even, 0] = np.where(blinds[even, 0] == 0, 1, 0)
+    octets = np.arange(256)
+    places = np.zeros((256, BLINDS, 2), dtype=bool)
+    for blind in range(BLINDS):
+        places[octets, blind, octets >> (2 + blind) & 1] = octets & 3 < 2
+        places[octets & 3 == 2 + blind, blind] = True
+    signs = 1.0 - 2.0 * (octets[:, None] >> np.arange(4, 8) & 1)
+    mixes: NDArray[np.float64] = places * signs.reshape(256, BLINDS, 2)
+    return mixes
+
+
+_MIXES = _mix_table()
+
+
+def _mixes(stream: Stream, rows: int, blocks: int) -> NDArray[np.float64]:
+    """u and v of every row, blind and block: (rows * BLINDS * 2, blocks)."""
+    octets = np.frombuffer(stream.read(rows * blocks), dtype=np.uint8).reshape(rows, blocks)
+    mixes = np.moveaxis(_MIXES[octets], 1, -1)
+    return np.ascontiguousarray(mixes.reshape(-1, blocks))
+
+
+def _odd_and_even(blinds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each row's first blind odd at X = 1, its second one even.
+
+    A shift of every coefficient by half a digit shows in a row where the multipliers of the shifted
+    blocks add up to something odd at 1. With that, each block's is odd with probability one half,
+    independently of all others, so that no choice of blocks is seen by fewer than half of the rows.
+    """
+    wrong = blinds.sum(axis=2) % 2 == np.arange(BLINDS)
+    blinds[wrong, 0] = np.where(blinds[wrong, 0] == 0, 1, 0)
     return blinds
 
 

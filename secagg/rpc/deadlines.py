@@ -17,11 +17,15 @@ DEADLINES_S: dict[str, float] = {
     "PutChunk": 30.0,
     # Hashes the whole upload.
     "CommitUpload": 60.0,
+    "GetVerdict": 30.0,
     "CreateTask": 60.0,
     "GetSums": 60.0,
     "ExportAudit": 600.0,
     "OpenRound": 30.0,
     "JudgeUploads": 60.0,
+    "SubmitSketch": 60.0,
+    # One signature an upload.
+    "GetVerdicts": 120.0,
     # Four bytes a coefficient go in.
     "CheckSum": 300.0,
     # The whole sum goes in, and out again, and is opened in between.

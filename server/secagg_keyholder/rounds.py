@@ -26,14 +26,17 @@ from secagg.errors import (
     IdentityError,
     OffGridError,
     ReleaseError,
+    UnavailableError,
     UploadError,
 )
 from secagg.keyholder import MAX_REFUSALS, KeyHolder
 from secagg.parameters import MIN_COHORT, Plan
 from secagg.receipts import SigningKey
 from secagg.sealing import RoundKeyPair
+from secagg.sketches import Sketch
 from secagg.transcript import digest
 from secagg.upload import Admission
+from secagg.verdicts import Verdict as NormVerdict
 from secagg.wire.codec import (
     admission_from_wire,
     admission_to_wire,
@@ -185,6 +188,7 @@ class Rounds:
             model_digest=name.model_digest,
             pair=pair,
             roster=self._roster,
+            identity=self._identity,
             compute=self._compute,
         )
 
@@ -204,6 +208,42 @@ class Rounds:
         if judged:
             known |= self._ledger.record_verdicts(context, judged.values())
         return [known[admission.receipt.upload_digest] for admission in admissions]
+
+    def submit_sketch(self, context: ContextId, sketch: Sketch) -> None:
+        """Look at an accepted upload's sketch; what was found is for :meth:`verdicts` to tell.
+
+        Raises:
+            SecaggError: see `KeyHolder.submit_sketch`.
+        """
+        holder = self._require(context)
+        with self._lasting(context.task_id):
+            finding = holder.submit_sketch(sketch)
+            self._ledger.record_finding(context, sketch.upload_digest, finding)
+
+    def verdicts(self, context: ContextId) -> list[NormVerdict]:
+        """The signed verdicts on all sketches; the same ones again for as long as it is open.
+
+        Raises:
+            SecaggError: see `KeyHolder.verdicts`.
+        """
+        holder = self._require(context)
+        with self._lasting(context.task_id):
+            verdicts = holder.verdicts()
+            names = [verdict.receipt.upload_digest for verdict in verdicts]
+            self._ledger.record_given(context, names)
+        return verdicts
+
+    @contextlib.contextmanager
+    def _lasting(self, task_id: str) -> Iterator[None]:
+        """Forget what could not be recorded: memory must not know more than the disk.
+
+        A round must not be released over verdicts that a restart would give anew.
+        """
+        try:
+            yield
+        except UnavailableError:
+            self._forget(task_id)
+            raise
 
     def plan(self, context: ContextId) -> Plan:
         """What a round computes on, open or released.
@@ -310,12 +350,16 @@ class Rounds:
             raise ClosedError("expected the round's key; it is gone; open another attempt")
         context = RoundContext(row.id, _plan(row), row.public_key)
         holder = self._holder(context, RoundKeyPair.from_bytes(private))
-        for _, _, encoded in self._ledger.admissions(row.id):
+        findings = self._ledger.findings(row.id)
+        for name, _, encoded in self._ledger.admissions(row.id):
+            # Whoever was not among those judged stays out, back from a revocation perhaps.
+            if row.judged and name not in findings:
+                continue
             # Whoever was revoked meanwhile is not admitted again.
             with contextlib.suppress(IdentityError):
                 holder.admit(admission_from_wire(parse(round_pb2.Admission, encoded)))
         audited = {name: bool(reason) for name, reason in self._ledger.audited(row.id).items()}
-        holder.resume(row.refusals, audited)
+        holder.resume(row.refusals, audited, findings, judged=row.judged)
         return holder
 
 

@@ -69,10 +69,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE TABLE facts (key TEXT PRIMARY KEY, value BLOB NOT NULL)",
     ),
+    # What the norm check found of an upload, and whether its attempt's verdicts were given.
+    (
+        "ALTER TABLE admissions ADD COLUMN sketch_digest BLOB",
+        "ALTER TABLE admissions ADD COLUMN passed INTEGER",
+        "ALTER TABLE rounds ADD COLUMN judged INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 ROUNDS = """SELECT task_id, round_number, attempt, plan_digest, model_digest, round_key_id,
-    state, plan, public_key, refusals FROM rounds """
+    state, plan, public_key, refusals, judged FROM rounds """
 """The start of a query for :meth:`OpenedRound.from_row`."""
 
 AttemptKey = tuple[str, int, int]
@@ -101,6 +107,7 @@ class OpenedRound:
         plan: the plan's wire bytes.
         public_key: the public round key.
         refusals: sums that did not open.
+        judged: whether the norm check's verdicts were given.
     """
 
     id: ContextId
@@ -108,11 +115,12 @@ class OpenedRound:
     plan: bytes = field(repr=False)
     public_key: bytes = field(repr=False)
     refusals: int
+    judged: bool
 
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> OpenedRound:
         """What a query that starts with `ROUNDS` finds."""
-        return cls(ContextId(*row[:6]), RoundState(row[6]), *row[7:])
+        return cls(ContextId(*row[:6]), RoundState(row[6]), *row[7:10], bool(row[10]))
 
     @property
     def key(self) -> AttemptKey:

@@ -11,11 +11,13 @@ import grpc.aio
 import structlog
 
 from secagg.context import ContextId
-from secagg.errors import MalformedError
+from secagg.errors import ConfigurationError, MalformedError
 from secagg.noise_audit import LOW_BYTES, low_from_bytes
 from secagg.parameters import RING_DEGREE, Plan
 from secagg.residues import widen
 from secagg.rpc.status import translated
+from secagg.sketch_shape import sketch_bytes
+from secagg.sketches import Sketch
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import (
     admission_from_wire,
@@ -25,6 +27,7 @@ from secagg.wire.codec import (
     piece,
     piece_count,
     plan_from_wire,
+    verdict_to_wire,
 )
 from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
@@ -33,6 +36,7 @@ from secagg_keyholder.rounds import ReleasedBytes, Rounds
 __all__ = ["KeyHolderService"]
 
 MAX_JUDGED = 256
+MAX_VERDICTS = 1024
 _Context = grpc.aio.ServicerContext[Any, Any]
 _LOG = structlog.get_logger(__name__)
 
@@ -87,6 +91,31 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
             for admission, reason in zip(admissions, reasons, strict=True)
         ]
         return pb.JudgeUploadsResponse(verdicts=verdicts)
+
+    @translated
+    async def SubmitSketch(
+        self, request_iterator: AsyncIterator[pb.SubmitSketchRequest], context: _Context
+    ) -> pb.SubmitSketchResponse:
+        """See the contract."""
+        name, upload, plan, data = await self._upload_and("sketch", request_iterator, _sketch_size)
+        sketch = await asyncio.to_thread(Sketch.from_bytes, plan, upload, data)
+        async with self._locks[name.task_id]:
+            await asyncio.to_thread(self._rounds.submit_sketch, name, sketch)
+        return pb.SubmitSketchResponse()
+
+    @translated
+    async def GetVerdicts(
+        self, request: pb.GetVerdictsRequest, context: _Context
+    ) -> AsyncIterator[pb.GetVerdictsResponse]:
+        """See the contract."""
+        name = context_id_from_wire(request.context)
+        async with self._locks[name.task_id]:
+            verdicts = await asyncio.to_thread(self._rounds.verdicts, name)
+        refused = sum(not verdict.accepted for verdict in verdicts)
+        _LOG.info("norms_judged", round=name.round_number, uploads=len(verdicts), refused=refused)
+        for start in range(0, len(verdicts), MAX_VERDICTS):
+            part = verdicts[start : start + MAX_VERDICTS]
+            yield pb.GetVerdictsResponse(verdicts=[verdict_to_wire(verdict) for verdict in part])
 
     @translated
     async def Release(
@@ -153,20 +182,28 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         self, request_iterator: AsyncIterator[pb.AuditNoiseRequest], context: _Context
     ) -> pb.AuditNoiseResponse:
         """See the contract."""
-        name, upload, plan = await self._audited(request_iterator)
-        data = bytearray()
-        async for request in request_iterator:
-            if request.WhichOneof("part") != "low_bits":
-                raise MalformedError("expected the upload's name first, then its low bits")
-            _append(data, request.low_bits, _low_size(plan))
+        name, upload, plan, data = await self._upload_and("low_bits", request_iterator, _low_size)
         low = low_from_bytes(plan, data)
         async with self._locks[name.task_id]:
             reason = await asyncio.to_thread(self._rounds.audit, name, upload, low)
         return pb.AuditNoiseResponse(verdict=_verdict(upload, reason))
 
-    async def _audited(
-        self, requests: AsyncIterator[pb.AuditNoiseRequest]
-    ) -> tuple[ContextId, bytes, Plan]:
+    async def _upload_and(
+        self,
+        kind: str,
+        requests: AsyncIterator[Any],
+        size: Callable[[Plan], int],
+    ) -> tuple[ContextId, bytes, Plan, bytearray]:
+        """An upload's name and the bytes that follow; not one more than ``size`` is kept."""
+        name, upload, plan = await self._named(requests)
+        limit, data = size(plan), bytearray()
+        async for request in requests:
+            if request.WhichOneof("part") != kind:
+                raise MalformedError(f"expected the upload's name first, then {kind} alone")
+            _append(data, getattr(request, kind), limit)
+        return name, upload, plan, data
+
+    async def _named(self, requests: AsyncIterator[Any]) -> tuple[ContextId, bytes, Plan]:
         async for request in requests:
             if request.WhichOneof("part") == "upload":
                 name = context_id_from_wire(request.upload.context)
@@ -188,6 +225,12 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
 
 def _low_size(plan: Plan) -> int:
     return plan.blocks * RING_DEGREE * LOW_BYTES
+
+
+def _sketch_size(plan: Plan) -> int:
+    if plan.norm_check is None:
+        raise ConfigurationError("expected a plan with a norm check; this one has none")
+    return sketch_bytes(plan, direction=True)
 
 
 def _check_count(digests: list[bytes], plan: Plan) -> None:

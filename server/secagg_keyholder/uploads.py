@@ -1,4 +1,4 @@
-"""The ledger's uploads: what was judged of each, and what a noise audit found."""
+"""The ledger's uploads: what was judged of each, and what norm check and noise audit found."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from secagg.audit import Detail, client_hash
 from secagg.context import ContextId
-from secagg.errors import ClosedError, DuplicateError, SealError
+from secagg.errors import ClosedError, DuplicateError, NormError, SealError
 from secagg.failpoints import failpoint
+from secagg.keyholder import Finding
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import exact
 from secagg_keyholder.database import Database
@@ -76,7 +77,8 @@ class Uploads:
             return standing
         found.require_open()
         self._database.change(
-            "INSERT INTO admissions VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
+            """INSERT INTO admissions (task_id, round_number, attempt, upload_digest, client,
+                admission, verdict) VALUES (?, ?, ?, ?, ?, ?, ?)""",
             *found.key,
             verdict.upload_digest,
             verdict.client,
@@ -84,7 +86,9 @@ class Uploads:
             verdict.reason,
         )
         event = "upload-refused" if verdict.reason else "upload-admitted"
-        self._log_upload(found.key, event, verdict.upload_digest, verdict.client, verdict.reason)
+        self._log_upload(
+            found.key, event, verdict.upload_digest, verdict.client, reason=verdict.reason
+        )
         return verdict.reason
 
     def _standing(self, key: AttemptKey, verdict: Verdict) -> str | None:
@@ -143,18 +147,9 @@ class Uploads:
         """
         with self._database.transaction():
             found = self._require(context)
-            rows = self._database.rows(
-                """SELECT client, audited FROM admissions
-                    WHERE (task_id, round_number, attempt, upload_digest) = (?, ?, ?, ?)
-                    AND verdict = ''""",
-                *found.key,
-                upload_digest,
-            )
-            if not rows:
-                raise SealError("expected an accepted upload to audit; this one was not accepted")
-            client, standing = rows[0]
+            client, standing, _ = self._accepted(found.key, upload_digest)
             if standing is not None:
-                return str(standing)
+                return standing
             found.require_open()
             self._database.change(
                 """UPDATE admissions SET audited = ?
@@ -163,7 +158,7 @@ class Uploads:
                 *found.key,
                 upload_digest,
             )
-            self._log_upload(found.key, "upload-audited", upload_digest, client, reason)
+            self._log_upload(found.key, "upload-audited", upload_digest, client, reason=reason)
             return reason
 
     def audited(self, context: ContextId) -> dict[bytes, str]:
@@ -176,6 +171,94 @@ class Uploads:
                 *self._require(context).key,
             )
         )
+
+    def record_finding(self, context: ContextId, upload_digest: bytes, finding: Finding) -> None:
+        """Record what the norm check found of an accepted upload; the same one again is no error.
+
+        Raises:
+            ClosedError: a new finding, and the round has ended.
+            DuplicateError: another sketch of this upload was judged.
+            SealError: no such upload was accepted.
+        """
+        with self._database.transaction():
+            found = self._require(context)
+            client, _, standing = self._accepted(found.key, upload_digest)
+            if standing is None:
+                found.require_open()
+                self._database.change(
+                    """UPDATE admissions SET sketch_digest = ?, passed = ?
+                        WHERE (task_id, round_number, attempt, upload_digest) = (?, ?, ?, ?)""",
+                    finding.sketch_digest,
+                    finding.passed,
+                    *found.key,
+                    upload_digest,
+                )
+                # Not yet whether it passed: the verdicts are given all at once.
+                sketch = finding.sketch_digest.hex()
+                self._log_upload(
+                    found.key, "sketch-judged", upload_digest, client, sketch_digest=sketch
+                )
+            elif standing != finding.sketch_digest:
+                raise DuplicateError("expected one sketch an upload; the first one stands")
+        failpoint("sketch-judged")
+
+    def findings(self, context: ContextId) -> dict[bytes, Finding]:
+        """What the norm check found so far, by upload digest."""
+        rows = self._database.rows(
+            """SELECT upload_digest, sketch_digest, passed FROM admissions
+                WHERE (task_id, round_number, attempt) = (?, ?, ?)
+                AND sketch_digest IS NOT NULL ORDER BY rowid""",
+            *self._require(context).key,
+        )
+        return {name: Finding(sketch, bool(passed)) for name, sketch, passed in rows}
+
+    def record_given(self, context: ContextId, upload_digests: Iterable[bytes]) -> None:
+        """Record that the verdicts on these uploads were given; once an attempt, later calls are
+        no error and change nothing.
+
+        Raises:
+            ClosedError: the round has ended.
+            SealError: nothing was found of one of the uploads.
+        """
+        with self._database.transaction():
+            found = self._require(context)
+            if not found.judged:
+                found.require_open()
+                self._give(found.key, upload_digests)
+        failpoint("verdicts-given")
+
+    def _give(self, key: AttemptKey, upload_digests: Iterable[bytes]) -> None:
+        rows = self._database.rows(
+            """SELECT upload_digest, client, passed FROM admissions
+                WHERE (task_id, round_number, attempt) = (?, ?, ?) AND passed IS NOT NULL""",
+            *key,
+        )
+        found = {name: (client, passed) for name, client, passed in rows}
+        for name in upload_digests:
+            if name not in found:
+                raise SealError("expected verdicts on what was found; of one upload nothing was")
+            client, passed = found[name]
+            self._log_upload(
+                key, "norm-judged", name, client, reason="" if passed else NormError.reason
+            )
+        self._database.change(
+            "UPDATE rounds SET judged = 1 WHERE (task_id, round_number, attempt) = (?, ?, ?)", *key
+        )
+
+    def _accepted(
+        self, key: AttemptKey, upload_digest: bytes
+    ) -> tuple[str, str | None, bytes | None]:
+        """An accepted upload's client, noise audit and sketch digest; refuses any other upload."""
+        rows: list[tuple[str, str | None, bytes | None]] = self._database.rows(
+            """SELECT client, audited, sketch_digest FROM admissions
+                WHERE (task_id, round_number, attempt, upload_digest) = (?, ?, ?, ?)
+                AND verdict = ''""",
+            *key,
+            upload_digest,
+        )
+        if not rows:
+            raise SealError("expected an accepted upload; this one was not accepted")
+        return rows[0]
 
     def _find(self, context: ContextId) -> OpenedRound | None:
         rows = self._database.rows(
@@ -197,7 +280,7 @@ class Uploads:
         )
 
     def _log_upload(
-        self, key: AttemptKey, event: str, upload_digest: bytes, client: str, reason: str
+        self, key: AttemptKey, event: str, upload_digest: bytes, client: str, **details: Detail
     ) -> None:
         self._log(
             key,
@@ -205,5 +288,5 @@ class Uploads:
             upload_digest=upload_digest.hex(),
             # Whoever sent an upload that proves nothing is unknown.
             client=client_hash(self._audit_key, client) if client else None,
-            reason=reason,
+            **details,
         )
