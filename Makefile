@@ -46,8 +46,9 @@ proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what i
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=build/proto $(filter %_service.proto,$(PROTOS))
 	diff -r -x __init__.py -x __pycache__ build/proto/secagg/wire/v1 secagg/wire/v1
 
-bench: $(STAMP) ## Measure encryption against TenSEAL's CKKSVector, into the README
+bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into the README
 	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
+	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
 	$(BIN)/python -m secagg_bench.readme
 
 clean: ## Remove everything that was generated or installed

@@ -20,6 +20,8 @@ NAMES = frozenset(
         "upload-announced",
         "chunk-stored",
         "upload-accepted",
+        "sketch-submitted",
+        "verdicts-recorded",
         "uploads-judged",
         "sum-ready",
         "release-received",

@@ -133,7 +133,7 @@ class KeyHolder:
         *,
         judged: bool = False,
     ) -> None:
-        """Continue where another process ended.
+        """Continue where another process ended, once everybody it admitted is admitted again.
 
         Args:
             refusals: sums that it refused.
@@ -226,13 +226,14 @@ class KeyHolder:
 
         Raises:
             ConfigurationError: the plan has no norm check.
-            ClosedError: the round is over, or an admitted upload has no sketch yet.
+            ClosedError: the round is over, nothing has been admitted, or an admitted upload has no
+                sketch yet.
         """
         if self.context.plan.norm_check is None:
             raise ConfigurationError("expected a plan with a norm check; this one has none")
         if self._pair is None:
             raise ClosedError("expected an open round; this one is released or abandoned")
-        if not self._findings.keys() >= self._seeds.keys():
+        if not self._seeds or not self._findings.keys() >= self._seeds.keys():
             raise ClosedError("expected a sketch of every admitted upload; one is missing; send it")
         self._judged = True
         return [self._verdict(name, self._findings[name]) for name in self._seeds]

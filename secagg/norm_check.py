@@ -77,7 +77,7 @@ def _cosine(
 ) -> float:
     """An estimate of the cosine between an update and the direction of the signs."""
     digits = _digits(layout, rows, key)[:, :, 0]
-    summed = sum(int(digits[row, row % layout.digits]) for row in range(shape.rows))
+    summed = sum(int(digits[row, row % shape.digits]) for row in range(shape.rows))
     spread = math.sqrt(max(energy, 1.0) / layout.values)
     return summed / (shape.rows * shape.sampled * SIGN_EFFICIENCY * spread)
 
@@ -93,13 +93,12 @@ def _masked(rows: Rows, key: NDArray[np.int64]) -> NDArray[np.uint64]:
     """The shown coefficients of each mask times the key: uint64 like the values, below q.
 
     Coefficient k of m s is the inner product of m with the coefficients of s, turned: as few are
-    wanted, that is cheaper than a transform.
+    wanted, that is cheaper than a transform. Turned by k, they are one window of a fixed sequence.
     """
-    turns = np.concatenate([key, -key])
+    sequence = np.concatenate([key[::-1], -key[::-1]]).astype(np.float64)
+    turned = np.lib.stride_tricks.sliding_window_view(sequence, RING_DEGREE)[RING_DEGREE - 1 :: -1]
     products = np.empty((2, *rows.values.shape))
-    reach = np.arange(RING_DEGREE)
     masks = halves(rows.masks << np.uint64(8 * rows.shape.dropped))
-    for row, positions in enumerate(rows.positions.astype(np.intp)):
-        turned = turns[(positions[:, None] - reach) % (2 * RING_DEGREE)].astype(np.float64)
-        products[:, row] = masks[:, row] @ turned.T
+    for row, positions in enumerate(rows.positions):
+        products[:, row] = masks[:, row] @ turned[positions].T
     return joined(products)

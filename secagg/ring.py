@@ -31,6 +31,7 @@ __all__ = [
     "Residues",
     "batches",
     "centre",
+    "coefficients",
     "dump",
     "from_ntt",
     "lift",
@@ -171,7 +172,7 @@ def plaintext(polynomial: Residues) -> seal.Plaintext:
 
 def lift(coefficients: NDArray[np.int64]) -> Residues:
     """Signed coefficients of magnitude below q as residues."""
-    return np.where(coefficients < 0, coefficients + MODULUS, coefficients).astype(np.uint64)
+    return np.where(coefficients < 0, coefficients + MODULUS, coefficients).view(np.uint64)
 
 
 def centre(residues: Residues) -> NDArray[np.int64]:
@@ -217,9 +218,14 @@ def from_ntt(residues: Residues) -> NDArray[np.int64]:
     Returns:
         int64 of the same shape: coefficients centred modulo q, magnitudes of at most (q - 1) / 2.
     """
-    out = np.empty(residues.shape, dtype=np.int64)
+    return centre(coefficients(residues))
+
+
+def coefficients(residues: Residues) -> Residues:
+    """The same, as residues: uint64 of the same shape, below q."""
+    out = np.empty(residues.shape, dtype=np.uint64)
     for batch in batches(residues.shape[0]):
         ciphertext = load(with_constant(residues[batch]), ntt=True)
         EVALUATOR.transform_from_ntt_inplace(ciphertext)
-        out[batch] = centre(dump(ciphertext)[:-1])
+        out[batch] = dump(ciphertext)[:-1]
     return out

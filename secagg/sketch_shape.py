@@ -119,10 +119,12 @@ class DirectionShape(Shape):
 
     Attributes:
         segment: index of the float segment.
+        digits: that rows take turns with; those that some block fills.
         sampled: coordinates in one row, on average.
     """
 
     segment: int
+    digits: int
     sampled: int
 
 
@@ -134,9 +136,11 @@ def direction_shape(plan: Plan) -> DirectionShape | None:
     layout = plan.layouts[index]
     # Coordinates that all point one way must not overflow a digit.
     longest = int(layout.base / (4 * layout.norm / math.sqrt(layout.values)))
-    sampled = max(1, min(longest, _LONGEST_PROBE, layout.values // layout.digits))
-    probes = min(_MAX_PROBES, math.ceil(_SAMPLED / (sampled * layout.digits)))
-    return DirectionShape(layout.digits * probes, 1, 1, index, sampled)
+    # A short segment leaves digits empty, or nearly so: a row would find too little there.
+    digits = max(1, min(layout.digits, layout.values // RING_DEGREE))
+    sampled = max(1, min(longest, _LONGEST_PROBE, layout.values))
+    probes = min(_MAX_PROBES, math.ceil(_SAMPLED / (sampled * digits)))
+    return DirectionShape(digits * probes, 1, 1, index, digits, sampled)
 
 
 def sketch_bytes(plan: Plan, *, direction: bool) -> int:

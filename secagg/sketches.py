@@ -35,7 +35,7 @@ from secagg.context import RoundContext
 from secagg.direction import Direction
 from secagg.errors import ConfigurationError, MalformedError
 from secagg.parameters import MODULUS, RESIDUE_BYTES, RING_DEGREE, Plan
-from secagg.residues import halves, joined, multiply
+from secagg.residues import halves, joined, multiply, reduced
 from secagg.sampling import Stream, coin_differences, uniform_polynomials
 from secagg.sketch_shape import (
     BLINDS,
@@ -51,7 +51,6 @@ __all__ = ["Rows", "Sketch", "sketch"]
 _PASS_BLOCKS = 128  # that are in floating point at a time
 _PROBED_BLOCKS = 8  # of a direction's row, each at the price of a transform
 _POSITION_BYTES = 2
-_Q = np.uint64(MODULUS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,20 +269,25 @@ class _NormLook:
 
     def rows(self) -> Rows:
         blinds = ring.to_ntt(self._blinds).reshape(-1, BLINDS, RING_DEGREE)
-        uploaded, public = (self._blinded(joined(total), blinds) for total in self._sums)
-        shown = np.take_along_axis(_coefficients(uploaded), self._positions.astype(np.intp), axis=1)
-        masks = _cut(_coefficients(public), self._shape.dropped, self._stream)
+        uploaded, public = (self._blinded(total, blinds) for total in self._sums)
+        shown = np.take_along_axis(
+            ring.coefficients(uploaded), self._positions.astype(np.intp), axis=1
+        )
+        masks = _cut(ring.coefficients(public), self._shape.dropped, self._stream)
         return Rows(self._shape, self._positions, shown, masks)
 
-    def _blinded(self, mixed: NDArray[np.uint64], blinds: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """sum_l p_l (U_l + X**2048 V_l) for each row."""
-        mixed = mixed.reshape(-1, BLINDS, 2, RING_DEGREE)
-        out = np.zeros((mixed.shape[0], RING_DEGREE), dtype=np.uint64)
+    def _blinded(
+        self, mixed: NDArray[np.float64], blinds: NDArray[np.uint64]
+    ) -> NDArray[np.uint64]:
+        """sum_l p_l (U_l + X**2048 V_l) for each row, of the halves of all U_l and V_l."""
+        mixed = mixed.reshape(2, -1, BLINDS, 2, RING_DEGREE)
+        out = np.zeros((mixed.shape[1], RING_DEGREE), dtype=np.uint64)
         turn = _turn()
-        for row, blind in np.ndindex(*mixed.shape[:2]):
-            plain, turned = mixed[row, blind]
-            out[row] += multiply((plain + multiply(turned, turn)) % _Q, blinds[row, blind])
-        return out % _Q
+        # One mix at a time stays in the processor's cache.
+        for row, blind in np.ndindex(*mixed.shape[1:3]):
+            plain, turned = joined(mixed[:, row, blind])
+            out[row] += multiply(reduced(plain + multiply(turned, turn)), blinds[row, blind])
+        return reduced(out)
 
 
 class _DirectionLook:
@@ -301,7 +305,7 @@ class _DirectionLook:
         first = list(plan.block_ranges())[shape.segment][2].start
         self._multipliers: list[tuple[int, int, NDArray[np.int64]]] = []
         for row in range(shape.rows):
-            digit = row % layout.digits
+            digit = row % shape.digits
             signs = direction.of_digit(layout, digit)
             filled = np.flatnonzero(signs.any(axis=1))
             order = np.argsort(stream.uint64(filled.size), kind="stable")
@@ -323,10 +327,10 @@ class _DirectionLook:
         transformed = ring.to_ntt(np.stack([multiplier for _, _, multiplier in here]))
         for (block, row, _), multiplier in zip(here, transformed, strict=True):
             for total, polynomials in zip(self._sums, (uploaded, public), strict=True):
-                total[row] = (total[row] + multiply(polynomials[block - start], multiplier)) % _Q
+                total[row] = reduced(total[row] + multiply(polynomials[block - start], multiplier))
 
     def rows(self) -> Rows:
-        uploaded, public = (_coefficients(total) for total in self._sums)
+        uploaded, public = (ring.coefficients(total) for total in self._sums)
         positions = np.zeros((self._shape.rows, 1), dtype=np.uint16)
         masks = _cut(public, self._shape.dropped, self._stream)
         return Rows(self._shape, positions, uploaded[:, :1], masks)
@@ -386,10 +390,6 @@ def _turn() -> NDArray[np.uint64]:
     return turn
 
 
-def _coefficients(polynomials: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    return ring.lift(ring.from_ntt(polynomials))
-
-
 def _cut(masks: NDArray[np.uint64], dropped: int, stream: Stream) -> NDArray[np.uint64]:
     """Masks with an error, uniform in [0, 256**dropped), and without their lowest bytes.
 
@@ -398,4 +398,4 @@ def _cut(masks: NDArray[np.uint64], dropped: int, stream: Stream) -> NDArray[np.
     """
     bits = np.uint64(8 * dropped)
     errors = stream.uint32(masks.size).reshape(masks.shape) & np.uint32((1 << int(bits)) - 1)
-    return ((masks + errors) % _Q) >> bits
+    return reduced(masks + errors) >> bits

@@ -41,6 +41,19 @@ def test_quick_start_runs_and_opens_the_sum_of_three() -> None:
     assert np.abs(found - expected).max() < 0.001 * 1.5
 
 
+def test_the_norm_check_lets_five_honest_clients_in() -> None:
+    match = re.search(r"<!-- norm check.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    assert match, "the README has lost its norm check"
+    done = subprocess.run(
+        [sys.executable, "-c", match.group(1)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "5"
+
+
 def test_numbers_are_those_of_the_result_files() -> None:
     from secagg_bench.readme import rendered
 

@@ -64,8 +64,15 @@ def join(settings: ClientSettings) -> None:
                 f"encrypted in {report.encrypt_s * 1000:.0f} ms",
             )
 
-        contributed = participate(settings, on_round)
-    out.print(f"contributed to {contributed} rounds")
+        taken = participate(settings, on_round)
+    out.print(f"contributed to {taken.contributed} rounds")
+    if taken.refused:
+        out.print(
+            f"refused in {taken.refused} of {taken.judged} rounds: the norm of the update, or its "
+            "direction, is beyond what the plan allows; check the clip norm, the data and the "
+            "learning rate",
+            soft_wrap=True,
+        )
 
 
 @app.command("prepare")

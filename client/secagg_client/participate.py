@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -30,9 +30,16 @@ from secagg_client.data import (
 )
 from secagg_client.model import Silo, TrainConfig
 from secagg_client.repeatable import repeatable_rounding
-from secagg_client.session import ClientSession, CurrentRound
+from secagg_client.session import ClientSession, CurrentRound, Judgement
 
-__all__ = ["RoundReport", "StateDir", "load_silo", "participate", "train_config"]
+__all__ = [
+    "Participation",
+    "RoundReport",
+    "StateDir",
+    "load_silo",
+    "participate",
+    "train_config",
+]
 
 _LOG = structlog.get_logger(__name__)
 _KEPT_STATES = 2
@@ -40,7 +47,11 @@ _KEPT_STATES = 2
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What a round cost this client, in seconds and bytes; says nothing about its data."""
+    """What a round cost this client, in seconds and bytes; says nothing about its data.
+
+    Attributes:
+        accepted: what the norm check found; None without a check, or without its verdict.
+    """
 
     round_number: int
     train_s: float
@@ -48,6 +59,22 @@ class RoundReport:
     encrypt_s: float
     upload_s: float
     upload_bytes: int
+    accepted: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Participation:
+    """What came of taking part.
+
+    Attributes:
+        contributed: rounds contributed to.
+        judged: contributions whose verdict has been seen, one of an earlier run perhaps among them.
+        refused: those of them that the norm check has refused.
+    """
+
+    contributed: int
+    judged: int
+    refused: int
 
 
 class StateDir:
@@ -114,36 +141,70 @@ def load_silo(settings: ClientSettings) -> tuple[Interactions, Silo]:
     return interactions, Silo(settings.silo, split, parts[settings.silo], train_config(settings))
 
 
-def participate(settings: ClientSettings, on_round: Callable[[RoundReport, int], None]) -> int:
+class _Record:
+    """Reports every contribution once: when its verdict has come, or will not come any more."""
+
+    def __init__(self, state: StateDir, on_round: Callable[[RoundReport, int], None]) -> None:
+        self._state = state
+        self._on_round = on_round
+        self._waiting: tuple[RoundReport, int] | None = None
+        self._contributed = self._judged = self._refused = 0
+
+    def add(self, report: RoundReport, rounds_total: int) -> None:
+        self._contributed += 1
+        self._waiting = (report, rounds_total)
+
+    def judged(self, judgement: Judgement) -> None:
+        self._judged += 1
+        self._refused += not judgement.accepted
+        self.settle(judgement.accepted)
+
+    def settle(self, accepted: bool | None = None) -> None:
+        if self._waiting is not None:
+            (report, rounds_total), self._waiting = self._waiting, None
+            report = replace(report, accepted=accepted)
+            self._state.report(report)
+            self._on_round(report, rounds_total)
+
+    def summary(self) -> Participation:
+        return Participation(self._contributed, self._judged, self._refused)
+
+
+def participate(
+    settings: ClientSettings, on_round: Callable[[RoundReport, int], None]
+) -> Participation:
     """Take part in every round of the task until it ends.
 
     Args:
-        on_round: called after each contribution with its cost and the number of rounds in all.
-
-    Returns:
-        Rounds contributed to.
+        on_round: called once for each contribution with its cost and the number of rounds in all;
+            where the plan has a norm check, when the round is over and its verdict known.
 
     Raises:
+        ForgedSketchError: the server had something else judged than it had committed to.
         SecaggError: the data cannot be used, or the task has failed or cannot be reached.
     """
     _, silo = load_silo(settings)
     state = StateDir(settings.state_dir)
-    rounding = _rounding(settings)
-    contributed = 0
+    record = _Record(state, on_round)
     with ClientSession(
         settings.server,
         settings.task,
         settings.credentials(state.identity),
         insecure=settings.insecure,
-        rounding=rounding,
+        rounding=_rounding(settings),
         outbox=settings.state_dir,
     ) as session:
-        for current in session.rounds():
-            report = _take_part(current, silo, state)
-            if report is not None:
-                contributed += 1
-                on_round(report, current.rounds_total)
-    return contributed
+        try:
+            for current in session.rounds(record.judged):
+                record.settle()
+                report = _take_part(current, silo, state)
+                if report is not None:
+                    record.add(report, current.rounds_total)
+                if current.context.plan.norm_check is None:
+                    record.settle()
+        finally:
+            record.settle()
+    return record.summary()
 
 
 def _rounding(settings: ClientSettings) -> Callable[[RoundContext], Stream] | None:
@@ -167,7 +228,7 @@ def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundRepor
         _LOG.warning("round_missed", round=current.number, why=error.reason)
         return None
     state.save_vectors(current.number, silo.state())
-    report = RoundReport(
+    return RoundReport(
         current.number,
         train_s,
         cost.quantize_s,
@@ -175,5 +236,3 @@ def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundRepor
         cost.upload_s,
         cost.upload_bytes,
     )
-    state.report(report)
-    return report

@@ -9,6 +9,16 @@ Works with numpy alone::
 
 A contribution is encrypted once; a lost answer only sends the same bytes again. A round counts only
 if the pinned key holder has endorsed it.
+
+Where the plan has a norm check, `ClientSession.rounds` asks for the verdict on a contribution once
+its round is over, before it goes on to the next one, and tells it to whoever wants to know::
+
+    for current in session.rounds(on_judgement=lambda judgement: print(judgement.accepted)):
+
+A refused contribution is a warning in the log, `update_refused`, and a verdict that cannot be had
+another, `verdict_missing`. A server that had something else judged than it had committed to ends
+the loop with `ForgedSketchError`, and what proves it stays in the outbox. Who leaves the loop early
+asks with `CurrentRound.verdict`, which waits for the verdict.
 """
 
 from __future__ import annotations
@@ -20,7 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import grpc
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from secagg.certificates import Kit, Role
@@ -32,17 +44,22 @@ from secagg.errors import (
     ClosedError,
     ConfigurationError,
     ContextError,
+    ForgedSketchError,
     MalformedError,
+    NormError,
+    RoundError,
 )
 from secagg.parameters import CHUNK_BYTES, MAX_VALUES, FloatSegment, TensorSpec
 from secagg.quantize import Contribution, quantize
-from secagg.receipts import SigningKey
+from secagg.receipts import NO_COMMITMENT, SigningKey
 from secagg.rpc.channels import channel, is_loopback
 from secagg.rpc.deadlines import deadline_s
 from secagg.rpc.diagnosis import why_unreachable
 from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.retry import RetryPolicy
+from secagg.rpc.status import from_rpc_error
 from secagg.sampling import Stream
+from secagg.transcript import DIGEST_BYTES
 from secagg.upload import Upload
 from secagg.wire.codec import (
     MODEL_VALUE_BYTES,
@@ -57,10 +74,12 @@ from secagg.wire.codec import (
 )
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc, round_pb2
-from secagg_client.outbox import Outbox
+from secagg_client.judgement import Judgement, judged
+from secagg_client.outbox import Kept, Outbox
 
-__all__ = ["ClientKit", "ClientSession", "Cost", "CurrentRound", "Model"]
+__all__ = ["ClientKit", "ClientSession", "Cost", "CurrentRound", "Judgement", "Model"]
 
+_LOG = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
 RoundingSource = Callable[[RoundContext], Stream]
@@ -145,11 +164,16 @@ class CurrentRound:
         context: the round.
         model: what to start from; no tensors in a task without a model.
         rounds_total: rounds that the task will have.
+        commitment: the server's, to what it will ask about this client's upload; `NO_COMMITMENT`
+            where the plan has no norm check.
+        key_holder: identity that endorsed the round, 32 bytes; empty if none did, in plaintext.
     """
 
     context: RoundContext
     model: Model
     rounds_total: int
+    commitment: bytes = field(repr=False)
+    key_holder: bytes = field(repr=False)
     _session: ClientSession = field(repr=False)
 
     @property
@@ -163,10 +187,21 @@ class CurrentRound:
         Raises:
             InputError: the data cannot be used; nothing was sent.
             ClosedError: too late; nothing of it is in the sum.
+            ContextError: the server has changed its commitment since this was encrypted.
             UploadError: refused; the message says why.
             UnavailableError: the server could not be reached in time.
         """
-        return self._session.contribute(self.context, contributions, samples=samples)
+        return self._session.contribute(
+            self.context,
+            contributions,
+            samples=samples,
+            commitment=self.commitment,
+            key_holder=self.key_holder,
+        )
+
+    def verdict(self) -> Judgement:
+        """What the norm check found of the contribution; see `ClientSession.verdict`."""
+        return self._session.verdict(self.context)
 
 
 class ClientSession:
@@ -179,7 +214,8 @@ class ClientSession:
             same one in every round.
         insecure: must be true for plaintext.
         outbox: folder in which uploads are kept until the next round, so that a crash never makes
-            this client encrypt twice for one round; None keeps nothing.
+            this client encrypt twice for one round, and verdicts can be checked after one; None
+            keeps nothing.
         rounding: makes the stream of the stochastic rounding for a round; the operating system when
             omitted. Anything else is repeatable, and refused off loopback.
         retry: when to try again.
@@ -220,6 +256,9 @@ class ClientSession:
             diagnose=lambda: why_unreachable(address, tls, (Role.SERVER,)),
         )
         self._outbox = Outbox(outbox, task_id) if outbox else None
+        self._sent: Kept | None = None
+        self._settled = (0, 0)  # the newest upload about which nothing is left to ask
+        self._models: dict[int, bytes] = {}  # digests by version, as rounds have named them
         self._channel = channel(address, tls)
         self._stub = aggregation_service_pb2_grpc.AggregationServiceStub(self._channel)
 
@@ -238,46 +277,77 @@ class ClientSession:
         """Close the connection."""
         self._channel.close()
 
-    def rounds(self) -> Iterator[CurrentRound]:
+    def rounds(
+        self, on_judgement: Callable[[Judgement], None] | None = None
+    ) -> Iterator[CurrentRound]:
         """Every round that this client can contribute to, until the task ends.
 
         Another attempt at an aborted round comes as a round of its own.
 
+        Args:
+            on_judgement: told the verdict on the newest contribution, before the next round comes
+                or the task ends; not where the plan has no norm check, or the verdict is missing.
+
         Raises:
-            UntrustedKeyError: a round that the pinned key holder has not endorsed.
+            UntrustedKeyError: a round, or a verdict, that the pinned key holder has not signed.
+            ForgedSketchError: the server had something else judged than it had committed to, now
+                or before; says where the evidence is.
             IdentityError: TLS, or the server, refuses this client; says why.
             RoundError: the task has failed; the message says why.
             UnavailableError: the server could not be reached in time.
             SecaggError: what else the server answered.
         """
+        self._require_no_evidence()
         done = (0, 0)
         while True:
             try:
                 answer = self._next_round(done)
-            except ClosedError:
-                return
-            context = round_context_from_wire(answer.context, answer.plan, answer.round_key)
-            offered = (context.id.round_number, context.id.attempt)
-            earlier = self._outbox.newest() if self._outbox else (0, 0)
-            if context.id.task_id != self._task_id or offered <= done or offered < earlier:
-                raise ContextError(
-                    "expected a later round of the task joined; got another one: this server "
-                    "repeats itself, goes back, or mixes tasks up"
-                )
-            if self._kit is not None:
-                signed = Endorsement(answer.key_holder_identity, answer.round_key_signature)
-                signed.verify(context.id, self._kit.pins())
-            yield CurrentRound(
-                context, self._starting_model(context, answer), answer.rounds_total, self
-            )
+            except RoundError as error:
+                self._settle(on_judgement)
+                if isinstance(error, ClosedError):
+                    return
+                raise
+            context = self._offered(answer, done)
+            commitment = _commitment(context, answer)
             done = (context.id.round_number, context.id.attempt)
+            self._settle(on_judgement, before=done)
+            model = self._starting_model(context, answer)
+            self._models[model.version] = context.id.model_digest
+            holder = answer.key_holder_identity
+            yield CurrentRound(context, model, answer.rounds_total, commitment, holder, self)
+
+    def _require_no_evidence(self) -> None:
+        if self._outbox and (found := self._outbox.evidence()):
+            raise ForgedSketchError(
+                "expected a server that has not been caught asking something else about an update; "
+                f"{found[0]} is evidence that it was; report it, and move it away to take part "
+                "again"
+            )
 
     def _next_round(self, done: tuple[int, int]) -> pb.GetRoundResponse:
         request = pb.GetRoundRequest(
-            task_id=self._task_id, after_round=done[0], after_attempt=done[1]
+            task_id=self._task_id,
+            after_round=done[0],
+            after_attempt=done[1],
+            client_key=self._identity.public,
         )
         answer: pb.GetRoundResponse = self._call(self._stub.GetRound, request)
         return answer
+
+    def _offered(self, answer: pb.GetRoundResponse, done: tuple[int, int]) -> RoundContext:
+        """The round of an answer: a later one, of this task, endorsed."""
+        context = round_context_from_wire(answer.context, answer.plan, answer.round_key)
+        offered = (context.id.round_number, context.id.attempt)
+        earlier = self._outbox.newest() if self._outbox else (0, 0)
+        if context.id.task_id != self._task_id or offered <= done or offered < earlier:
+            raise ContextError(
+                "expected a later round of the task joined; got another one: this server "
+                "repeats itself, goes back, or mixes tasks up"
+            )
+        if self._kit is not None:
+            signed = Endorsement(answer.key_holder_identity, answer.round_key_signature)
+            signed.verify(context.id, self._kit.pins())
+        return context
 
     def _starting_model(self, context: RoundContext, answer: pb.GetRoundResponse) -> Model:
         """The model that the context's digest names, or none."""
@@ -332,13 +402,27 @@ class ClientSession:
         return exact("model", b"".join(pieces), total)
 
     def contribute(
-        self, context: RoundContext, contributions: Mapping[str, Contribution], *, samples: int
+        self,
+        context: RoundContext,
+        contributions: Mapping[str, Contribution],
+        *,
+        samples: int,
+        commitment: bytes = NO_COMMITMENT,
+        key_holder: bytes = b"",
     ) -> Cost:
         """See `CurrentRound.contribute`."""
         started = time.perf_counter()
         if self._outbox and (kept := self._outbox.load(context.id)):
-            self.send(context, kept)
-            return Cost(0.0, 0.0, time.perf_counter() - started, len(kept.payload))
+            receipt = kept.upload.admission.receipt
+            # Commitments are made for one signing key; this client may have got another one since.
+            same_key = receipt.client_key == self._identity.public
+            if same_key and receipt.challenge_commitment != commitment:
+                raise ContextError(
+                    "expected the challenge commitment that this round's upload was signed with; "
+                    "the server now gives another one; nothing was sent"
+                )
+            self._deliver(kept)
+            return Cost(0.0, 0.0, time.perf_counter() - started, len(kept.upload.payload))
         quantized = quantize(
             context.plan,
             contributions,
@@ -347,11 +431,12 @@ class ClientSession:
             rounding=self._rounding(context),
         )
         quantized_at = time.perf_counter()
-        upload = encrypt_quantized(context, quantized, self._identity)
+        upload = encrypt_quantized(context, quantized, self._identity, commitment)
         encrypted_at = time.perf_counter()
+        kept = Kept(context, key_holder, upload)
         if self._outbox:
-            self._outbox.save(upload)
-        self.send(context, upload)
+            self._outbox.save(kept)
+        self._deliver(kept)
         uploaded_at = time.perf_counter()
         return Cost(
             quantized_at - started,
@@ -359,6 +444,14 @@ class ClientSession:
             uploaded_at - encrypted_at,
             len(upload.payload),
         )
+
+    def _deliver(self, kept: Kept) -> None:
+        self._sent = kept
+        try:
+            self.send(kept.context, kept.upload)
+        except ClosedError:
+            self._settled = kept.number  # too late to be judged
+            raise
 
     def send(self, context: RoundContext, upload: Upload) -> None:
         """Upload what is encrypted: announce, send the missing chunks, commit.
@@ -385,11 +478,129 @@ class ClientSession:
             self._call(self._stub.PutChunk, chunk)
         self._call(self._stub.CommitUpload, pb.CommitUploadRequest(**name))
 
+    def verdict(self, context: RoundContext) -> Judgement:
+        """What the norm check found of this client's contribution to a round, checked.
+
+        Waits for the verdict. `rounds` then does not ask for it again.
+
+        Raises:
+            ConfigurationError: the plan has no norm check, or no upload for the round was kept.
+            ClosedError: there will be no verdict, or it has been forgotten.
+            UnavailableError: the server could not be reached in time.
+            MalformedError, ContextError, UntrustedKeyError: the answer is not a verdict of the
+                pinned key holder on this upload.
+            ForgedSketchError: the server had something else judged than it had committed to; with
+                an outbox, the evidence is kept there.
+        """
+        if context.plan.norm_check is None:
+            raise ConfigurationError("expected a plan with a norm check; this one has none")
+        kept = self._sent
+        if kept is None or kept.context.id != context.id:
+            kept = self._outbox.load(context.id) if self._outbox else None
+        if kept is None:
+            raise ConfigurationError(
+                "expected a round with an upload that was kept; none is; contribute in this "
+                "session, or keep an outbox"
+            )
+        judgement = self._judgement(kept, self._call(self._stub.GetVerdict, _verdict_of(kept)))
+        self._settled = max(self._settled, kept.number)
+        return judgement
+
+    def _settle(
+        self,
+        on_judgement: Callable[[Judgement], None] | None,
+        before: tuple[int, int] | None = None,
+    ) -> None:
+        """Ask once for the verdict on the newest upload; not if ``before`` is its own attempt."""
+        newest = self._newest()
+        if newest <= self._settled or newest == before:
+            return
+        self._settled = newest
+        try:
+            kept = self._sent or (self._outbox.latest() if self._outbox else None)
+            if kept is None or kept.context.plan.norm_check is None:
+                return
+            judgement = self._judgement(kept, _once(self._stub.GetVerdict, _verdict_of(kept)))
+        except (grpc.RpcError, RoundError) as error:
+            # Training goes on: a server that hides a verdict could as well be unreachable.
+            why = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
+            _LOG.warning("verdict_missing", round=newest[0], attempt=newest[1], why=why.reason)
+            return
+        if not judgement.accepted:
+            _LOG.warning("update_refused", round=newest[0], attempt=newest[1], why=NormError.reason)
+        if on_judgement:
+            on_judgement(judgement)
+
+    def _newest(self) -> tuple[int, int]:
+        """Round and attempt of the newest upload, of this session or kept by an earlier one."""
+        if self._sent:
+            return self._sent.number
+        return self._outbox.newest() if self._outbox else (0, 0)
+
+    def _judgement(self, kept: Kept, answer: pb.GetVerdictResponse) -> Judgement:
+        # In plaintext there may be nobody's word but the server's; then any key holder will do.
+        anybody = kept.key_holder or answer.verdict.identity
+        pins = self._kit.pins() if self._kit else frozenset({anybody})
+        try:
+            return judged(answer, kept, pins, self._model_version)
+        except ForgedSketchError as error:
+            raise ForgedSketchError(f"{error}; {self._keep_evidence(kept, answer)}") from None
+
+    def _keep_evidence(self, kept: Kept, answer: pb.GetVerdictResponse) -> str:
+        """Where the answer has been put, in words."""
+        if self._outbox is None:
+            return "without an outbox, nothing was kept"
+        try:
+            file = self._outbox.keep_evidence(kept.number, answer.SerializeToString())
+        except OSError as error:
+            return f"the evidence could not be kept: {error.strerror}"
+        return f"the evidence is {file}, with the upload next to it"
+
+    def _model_version(self, segment: FloatSegment, version: int) -> bytes:
+        """A model version: the one that a round named by this number, if one did."""
+        request = pb.GetModelRequest(task_id=self._task_id, version=version)
+        first: pb.GetModelResponse = self._call(self._stub.GetModel, request)
+        data = self._download(request, first, segment.tensors)
+        if self._models.get(version, found := model_digest(data)) != found:
+            raise ContextError(
+                f"expected model version {version} to be the one that its round named; its SHA-256 "
+                "differs; this server shows different models at different times"
+            )
+        return data
+
     def _call(self, method: Callable[..., _T], request: object) -> Any:  # noqa: ANN401 - any response
-        name = type(request).__name__.removesuffix("Request")
-        return self._retry.call(
-            lambda: method(request, timeout=deadline_s(name), metadata=metadata())
+        return self._retry.call(lambda: _once(method, request))
+
+
+def _once(method: Callable[..., _T], request: object) -> _T:
+    name = type(request).__name__.removesuffix("Request")
+    return method(request, timeout=deadline_s(name), metadata=metadata())
+
+
+def _verdict_of(kept: Kept) -> pb.GetVerdictRequest:
+    return pb.GetVerdictRequest(
+        context=context_id_to_wire(kept.context.id),
+        client_key=kept.upload.admission.receipt.client_key,
+    )
+
+
+def _commitment(context: RoundContext, answer: pb.GetRoundResponse) -> bytes:
+    """The server's commitment to its challenge, exactly where the plan has a norm check."""
+    given = answer.challenge_commitment
+    if context.plan.norm_check is None:
+        if given:
+            raise ContextError(
+                "expected no challenge commitment in a round without a norm check; got one; "
+                "contribute nothing: server and plan do not agree"
+            )
+        return NO_COMMITMENT
+    if len(given) != DIGEST_BYTES or given == NO_COMMITMENT:
+        raise ContextError(
+            f"expected a challenge commitment of {DIGEST_BYTES} bytes, not all zero, as the plan "
+            f"has a norm check; got bytes={len(given)}; contribute nothing: this server could "
+            "choose what it asks about an update after it has seen it"
         )
+    return given
 
 
 def _unflatten(data: bytes, tensors: tuple[TensorSpec, ...]) -> dict[str, NDArray[np.float32]]:

@@ -120,7 +120,9 @@ class OpenedRound:
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> OpenedRound:
         """What a query that starts with `ROUNDS` finds."""
-        return cls(ContextId(*row[:6]), RoundState(row[6]), *row[7:10], bool(row[10]))
+        state, plan, public_key, refusals, judged = row[6:]
+        name = ContextId(*row[:6])
+        return cls(name, RoundState(state), plan, public_key, refusals, bool(judged))
 
     @property
     def key(self) -> AttemptKey:

@@ -36,6 +36,7 @@ from secagg_server.retention import keep_tidy
 from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService, OperatorService
 from secagg_server.store import Store
+from secagg_server.verdicts import VerdictDesk
 
 __all__ = ["run"]
 
@@ -68,7 +69,10 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
     rounds = OpenRounds(clock := SystemClock())
     key_holder = KeyHolderClient(settings.key_holder, opened.kit)
     coordinator = Coordinator(
-        store, blobs, rounds, key_holder, clock, opened.roster, workers.run, audit_key
+        *(store, blobs, rounds, key_holder, clock, opened.roster),
+        compute=workers.run,
+        secret=audit_key,
+        workers=settings.workers,
     )
     gatekeeper = Gatekeeper(
         {_AGGREGATION: {Role.CLIENT}, _OPERATOR: {Role.OPERATOR}},
@@ -79,8 +83,9 @@ async def _serve(settings: ServerSettings, opened: Opened) -> None:
     )
     public, admin = channels.server([gatekeeper]), channels.server([gatekeeper])
     intake = Intake(store, blobs, rounds, opened.roster)
+    verdicts = VerdictDesk(store, opened.roster, audit_key)
     aggregation_service_pb2_grpc.add_AggregationServiceServicer_to_server(
-        AggregationService(store, blobs, rounds, intake), public
+        AggregationService(store, blobs, rounds, intake, verdicts), public
     )
     operator_service_pb2_grpc.add_OperatorServiceServicer_to_server(
         OperatorService(store, blobs, coordinator, opened.roster, settings.min_clients), admin

@@ -42,7 +42,7 @@ class ServerSettings(Settings):
     retain_days: float = Field(
         30.0, ge=0.0, description="days after which sums and old models of a round are removed"
     )
-    workers: int = Field(1, ge=1, le=64, description="processes for the noise audit")
+    workers: int = Field(1, ge=1, le=64, description="processes for sketches and the noise audit")
     max_in_flight: int = Field(64, ge=1, description="calls that are worked on at once")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     ready_file: Path | None = Field(None, description="written once the server listens")

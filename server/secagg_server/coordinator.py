@@ -18,8 +18,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import structlog
@@ -34,7 +34,6 @@ from secagg.errors import (
     RoundError,
     SecaggError,
     StorageError,
-    UnavailableError,
 )
 from secagg.failpoints import failpoint
 from secagg.logs import where
@@ -48,16 +47,14 @@ from secagg.upload import Admission
 from secagg.wire.codec import model_digest, model_from_bytes, model_to_bytes, sums_to_bytes
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import Clock
-from secagg_server.key_holder import KeyHolderStub, ReleasedSums
+from secagg_server.key_holder import KeyHolderStub, ReleasedSums, patiently
+from secagg_server.norms import NormJudge
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import FINAL, RoundState, TaskState
 from secagg_server.store import RoundRow, Store
 from secagg_server.tasks import TaskSpec
 
-__all__ = ["KEY_HOLDER_ATTEMPTS", "RESTART_GRACE_S", "Coordinator"]
-
-KEY_HOLDER_ATTEMPTS = 3
-"""Times that the key holder is asked before an attempt at a round is given up."""
+__all__ = ["RESTART_GRACE_S", "Coordinator"]
 
 RESTART_GRACE_S = 10.0
 """Seconds that a round collects at least after a restart, so that clients can come back."""
@@ -76,7 +73,6 @@ _ORDER = (
     RoundState.RELEASING,
 )
 _LOG = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 def _here(work: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - any result
@@ -90,8 +86,10 @@ class Coordinator:
         roster: whom clients are drawn from.
         compute: runs calculations that hold the interpreter's lock, such as in another process;
             called from threads.
-        secret: 32 bytes that outlive the process, so that an upload that is audited again after a
-            restart has the dither it had before; fresh ones when omitted.
+        secret: 32 bytes that outlive the process, so that an upload that is sketched or audited
+            again after a restart has the challenge and the dither it had before; fresh ones when
+            omitted.
+        workers: calculations that ``compute`` runs at the same time.
     """
 
     def __init__(
@@ -104,6 +102,7 @@ class Coordinator:
         roster: Roster,
         compute: Callable[..., Any] = _here,
         secret: bytes | None = None,
+        workers: int = 1,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -113,6 +112,9 @@ class Coordinator:
         self._roster = roster
         self._compute = compute
         self._secret = secret or os.urandom(32)
+        # While one sketch travels, the next is computed.
+        at_once = max(2, workers)
+        self._norms = NormJudge(store, blobs, key_holder, compute, self._secret, at_once)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._contexts: dict[str, RoundContext] = {}
 
@@ -268,7 +270,7 @@ class Coordinator:
 
     async def _open(self, spec: TaskSpec, row: RoundRow) -> None:
         model = await asyncio.to_thread(self._model_digest, spec)
-        context, endorsement = await _patiently(
+        context, endorsement = await patiently(
             lambda: self._key_holder.open_round(
                 spec.plan,
                 task_id=spec.task_id,
@@ -293,6 +295,7 @@ class Coordinator:
         left_s = (row.closes_at - self._clock.utc()).total_seconds() if row.closes_at else 0.0
         # A clock that was set back must not let a round collect for longer than it may.
         left_s = min(max(left_s, grace_s), spec.round_deadline_ms / 1000)
+        # Nothing is awaited before it is open: clients that come back after a restart must find it.
         current = OpenRound(
             spec,
             context,
@@ -300,6 +303,7 @@ class Coordinator:
             self._store.task(spec.task_id).model_version,
             self._clock.now() + left_s,
             frozenset(json.loads(row.selected)) if row.selected else None,
+            self._norms.challenger(spec, context),
         )
         self._rounds.open(current)
         self._rounds.note_upload(context.id, self._store.counts(row.key).accepted)
@@ -313,7 +317,7 @@ class Coordinator:
         if row.state is RoundState.AUDITING:
             manifest = await self._audited(row, context)
         else:
-            manifest = await self._judged(row, context)
+            manifest = await self._judged(spec, row, context)
         try:
             residues, aggregate_ms = await self._checked_sum(row, context, manifest)
         except ReleaseError:
@@ -350,28 +354,32 @@ class Coordinator:
         self._reach(row, RoundState.RELEASING)
         names = [admission.receipt.upload_digest for admission in manifest]
         low = await asyncio.to_thread(self._low_bits, context, residues, *names)
-        await _patiently(lambda: self._key_holder.check_sum(context, names, low))
+        await patiently(lambda: self._key_holder.check_sum(context, names, low))
         return residues, aggregate_ms
 
     async def _released(
         self, context: RoundContext, names: list[bytes], residues: NDArray[np.uint64]
     ) -> ReleasedSums:
         """A lost answer is the same one the second time."""
-        return await _patiently(lambda: self._key_holder.release(context, names, residues))
+        return await patiently(lambda: self._key_holder.release(context, names, residues))
 
     def _reach(self, row: RoundRow, state: RoundState) -> None:
         """Advance to a state, unless the round was further when a restart interrupted it."""
         if row.state not in _ORDER or _ORDER.index(row.state) < _ORDER.index(state):
             self._store.advance(row.key, state)
 
-    async def _judged(self, row: RoundRow, context: RoundContext) -> list[Admission]:
-        """Every accepted upload that the key holder does not refuse."""
+    async def _judged(
+        self, spec: TaskSpec, row: RoundRow, context: RoundContext
+    ) -> list[Admission]:
+        """Every accepted upload that the key holder does not refuse, for its form or its norm."""
         admissions = await asyncio.to_thread(self._store.accepted, context)
         _check_quorum(context, len(admissions))
         if row.state in (RoundState.SUMMING, RoundState.RELEASING):
             return admissions  # judged before a restart; the refused ones are not among them
-        refused = await _patiently(lambda: self._key_holder.judge(context, admissions))
-        return await asyncio.to_thread(self._fixed, row, context, admissions, refused)
+        refused = await patiently(lambda: self._key_holder.judge(context, admissions))
+        kept = await asyncio.to_thread(self._left, context, admissions, refused)
+        kept = await self._norms.accepted(spec, row, context, kept)
+        return await asyncio.to_thread(self._fixed, row, context, kept)
 
     async def _audited(self, row: RoundRow, context: RoundContext) -> list[Admission]:
         """Every accepted upload that passes the noise audit, after a sum was refused."""
@@ -390,10 +398,11 @@ class Coordinator:
                 "expected the sum to open under its manifest; it does not, and the noise audit "
                 "names nobody; the round is collected again"
             )
-        return await asyncio.to_thread(self._fixed, row, context, admissions, refused)
+        kept = await asyncio.to_thread(self._left, context, admissions, refused)
+        return await asyncio.to_thread(self._fixed, row, context, kept)
 
     async def _audit_one(self, context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
-        return await _patiently(lambda: self._key_holder.audit(context, name, low))
+        return await patiently(lambda: self._key_holder.audit(context, name, low))
 
     def _low_bits_of_upload(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
         chunks = range(context.plan.chunks)
@@ -408,17 +417,23 @@ class Coordinator:
         low: NDArray[np.uint32] = self._compute(_dithered, context.plan, residues, key)
         return low
 
-    def _fixed(
+    def _left(
         self,
-        row: RoundRow,
         context: RoundContext,
         admissions: Sequence[Admission],
-        refused: dict[bytes, str],
+        refused: Mapping[bytes, str],
     ) -> list[Admission]:
-        """The manifest: what was refused is left out, for good."""
+        """What was not refused, if it is enough; the others are left out for good."""
         for upload_digest, reason in refused.items():
             self._store.reject_upload(context, upload_digest, reason)
-        manifest = [a for a in admissions if a.receipt.upload_digest not in refused]
+        kept = [a for a in admissions if a.receipt.upload_digest not in refused]
+        _check_quorum(context, len(kept))
+        return kept
+
+    def _fixed(
+        self, row: RoundRow, context: RoundContext, manifest: list[Admission]
+    ) -> list[Admission]:
+        """Record the manifest, if it is of enough uploads."""
         _check_quorum(context, len(manifest))
         self._store.record_manifest(row.key, [a.receipt.upload_digest for a in manifest])
         self._store.advance(row.key, RoundState.SUMMING)
@@ -480,14 +495,6 @@ class Coordinator:
 
 def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
     return dithered(plan, residues, Stream(key))
-
-
-async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """Ask the key holder again while it cannot be reached; each time waits for its connection."""
-    for _ in range(KEY_HOLDER_ATTEMPTS - 1):
-        with contextlib.suppress(UnavailableError):
-            return await ask()
-    return await ask()
 
 
 def _check_quorum(context: RoundContext, uploads: int) -> None:

@@ -20,7 +20,25 @@ from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import UploadState
 from secagg_server.store import Store, round_key
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "client_of_caller"]
+
+
+def client_of_caller(roster: Roster, caller: str | None, signing_key: bytes) -> str:
+    """The client behind a signing key, if it is the one that calls.
+
+    Args:
+        caller: see `Intake`.
+
+    Raises:
+        NotEnrolledError, RevokedError, MismatchError: it is not.
+    """
+    client = roster.client_of(signing_key)
+    if caller is not None and client != caller:
+        raise MismatchError(
+            "expected a receipt signed by the client whose certificate this is; it is signed "
+            "by another one; use certificate and signing key of one kit"
+        )
+    return client
 
 
 class Intake:
@@ -36,16 +54,6 @@ class Intake:
         self._rounds = rounds
         self._roster = roster
 
-    def _client(self, caller: str | None, signing_key: bytes) -> str:
-        """The client behind a signing key, if it is the one that calls."""
-        client = self._roster.client_of(signing_key)
-        if caller is not None and client != caller:
-            raise MismatchError(
-                "expected a receipt signed by the client whose certificate this is; it is signed "
-                "by another one; use certificate and signing key of one kit"
-            )
-        return client
-
     def open(
         self, admission: Admission, caller: str | None = None
     ) -> tuple[UploadState, list[int]]:
@@ -57,16 +65,19 @@ class Intake:
         Raises:
             NotEnrolledError, RevokedError, MismatchError: not the caller's own signing key.
             ClosedError: the round is closed, or its cohort is full.
-            ContextError, ReceiptError: made for something else, or not signed.
+            ContextError, ReceiptError: made for something else, not signed, or with another
+                challenge commitment than the one that this client was given.
             DuplicateError: the client announced a different upload before.
             OverloadedError: the disk is almost full.
         """
         receipt = admission.receipt
-        client = self._client(caller, receipt.client_key)
+        client = client_of_caller(self._roster, caller, receipt.client_key)
         if self._is_accepted(receipt.context, client, receipt.upload_digest):
             return UploadState.ACCEPTED, []
         current = self._rounds.require(receipt.context)
         admission.verify(current.context)
+        if current.challenger is not None:
+            current.challenger.require_committed(receipt)
         self._check_room(current, client)
         state = self._store.open_upload(current.context, admission, client)
         failpoint("upload-announced")
@@ -106,7 +117,7 @@ class Intake:
             MalformedError: no such chunk, the wrong size, or a residue of q or more.
             OverloadedError: the disk is full.
         """
-        client = self._client(caller, client_key)
+        client = client_of_caller(self._roster, caller, client_key)
         current = self._require_receiving(context, client, upload_digest)
         plan = current.context.plan
         if index >= plan.chunks:
@@ -151,7 +162,7 @@ class Intake:
             MalformedError: chunks are missing, or the bytes are not the signed ones; then all of
                 them are dropped and may be sent again.
         """
-        client = self._client(caller, client_key)
+        client = client_of_caller(self._roster, caller, client_key)
         if self._is_accepted(context, client, upload_digest):
             return
         current = self._require_receiving(context, client, upload_digest)

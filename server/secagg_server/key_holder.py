@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -30,7 +30,9 @@ from secagg.rpc.deadlines import deadline_s
 from secagg.rpc.diagnosis import why_unreachable
 from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.status import from_rpc_error
+from secagg.sketches import Sketch
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 from secagg.wire.codec import (
     admission_to_wire,
     context_id_to_wire,
@@ -39,11 +41,22 @@ from secagg.wire.codec import (
     plan_to_wire,
     round_context_from_wire,
     sums_from_bytes,
+    verdict_from_wire,
 )
 from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import key_holder_service_pb2_grpc, round_pb2
 
-__all__ = ["KeyHolderClient", "KeyHolderStub", "Opened", "ReleasedSums"]
+__all__ = [
+    "KEY_HOLDER_ATTEMPTS",
+    "KeyHolderClient",
+    "KeyHolderStub",
+    "Opened",
+    "ReleasedSums",
+    "patiently",
+]
+
+KEY_HOLDER_ATTEMPTS = 3
+"""Times that the key holder is asked before an attempt at a round is given up."""
 
 JUDGE_BATCH = 256
 MANIFEST_BATCH = 16_384
@@ -51,6 +64,8 @@ _HEALTH_TIMEOUT_S = 2.0
 
 Opened = dict[bytes, str]
 """Reason of refusal by upload digest; uploads that are not in it are accepted."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,14 @@ class KeyHolderStub(Protocol):
         """Which uploads must not be summed, and why."""
         ...
 
+    async def submit_sketch(self, context: RoundContext, sketch: Sketch) -> None:
+        """Have an admitted upload judged by its sketch; see `verdicts` for what comes of it."""
+        ...
+
+    async def verdicts(self, context: RoundContext) -> list[Verdict]:
+        """What the key holder says are its signed verdicts on all sketches of an attempt."""
+        ...
+
     async def check_sum(
         self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
     ) -> None:
@@ -95,6 +118,18 @@ class KeyHolderStub(Protocol):
     async def close_round(self, context: RoundContext) -> None:
         """Erase the secrets of an attempt that came to nothing."""
         ...
+
+
+async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """Ask the key holder again while it cannot be reached; each time waits for its connection.
+
+    Raises:
+        UnavailableError: it could not be reached in `KEY_HOLDER_ATTEMPTS` times.
+    """
+    for _ in range(KEY_HOLDER_ATTEMPTS - 1):
+        with contextlib.suppress(UnavailableError):
+            return await ask()
+    return await ask()
 
 
 class KeyHolderClient:
@@ -210,6 +245,41 @@ class KeyHolderClient:
             if verdict.state != round_pb2.VERDICT_STATE_ACCEPTED
         }
 
+    async def submit_sketch(self, context: RoundContext, sketch: Sketch) -> None:
+        """Have an admitted upload judged by its sketch; again with the same one: nothing changes.
+
+        Raises:
+            SecaggError: what the key holder answered, or `UnavailableError`.
+        """
+
+        async def requests() -> AsyncIterator[pb.SubmitSketchRequest]:
+            yield pb.SubmitSketchRequest(upload=_named(context, sketch.upload_digest))
+            data = sketch.to_bytes()
+            for index in range(piece_count(len(data))):
+                yield pb.SubmitSketchRequest(sketch=piece(data, index))
+
+        await self._ask((await self._stub()).SubmitSketch, requests(), "SubmitSketch")
+
+    async def verdicts(self, context: RoundContext) -> list[Verdict]:
+        """The verdicts on all sketches of an attempt; not yet verified.
+
+        Raises:
+            MalformedError: more than the plan has clients, or something that is no verdict.
+            SecaggError: what the key holder answered, or `UnavailableError`.
+        """
+        request = pb.GetVerdictsRequest(context=context_id_to_wire(context.id))
+        verdicts: list[Verdict] = []
+        async for answer in self._stream((await self._stub()).GetVerdicts, request, "GetVerdicts"):
+            found = len(verdicts) + len(answer.verdicts)
+            # An empty message would keep a stream going for nothing.
+            if not answer.verdicts or found > context.plan.max_clients:
+                raise MalformedError(
+                    f"expected up to {context.plan.max_clients} verdicts, and some in each "
+                    "message; the key holder sent others"
+                )
+            verdicts += [verdict_from_wire(verdict) for verdict in answer.verdicts]
+        return verdicts
+
     async def check_sum(
         self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
     ) -> None:
@@ -242,18 +312,9 @@ class KeyHolderClient:
         """
         pieces, contributors = [], 0
         requests = _release_requests(context, upload_digests, residues)
-        stub = await self._stub()
-        try:
-            async for answer in stub.Release(
-                requests,
-                timeout=deadline_s("Release"),
-                wait_for_ready=True,
-                metadata=metadata(),
-            ):
-                pieces.append(answer.data)
-                contributors = answer.contributors
-        except grpc.RpcError as error:
-            raise await self._translated(error) from None
+        async for answer in self._stream((await self._stub()).Release, requests, "Release"):
+            pieces.append(answer.data)
+            contributors = answer.contributors
         sums = sums_from_bytes(b"".join(pieces), context.plan)
         if contributors != len(upload_digests):
             raise MalformedError("expected a sum over the manifest; it is over another number")
@@ -272,9 +333,7 @@ class KeyHolderClient:
         """
 
         async def requests() -> AsyncIterator[pb.AuditNoiseRequest]:
-            name = context_id_to_wire(context.id)
-            upload = pb.NamedUpload(context=name, upload_digest=upload_digest)
-            yield pb.AuditNoiseRequest(upload=upload)
+            yield pb.AuditNoiseRequest(upload=_named(context, upload_digest))
             data = low_to_bytes(low)
             for index in range(piece_count(len(data))):
                 yield pb.AuditNoiseRequest(low_bits=piece(data, index))
@@ -315,6 +374,17 @@ class KeyHolderClient:
         except grpc.RpcError as error:
             raise await self._translated(error) from None
 
+    async def _stream(
+        self, method: Callable[..., Any], request: object, name: str
+    ) -> AsyncIterator[Any]:
+        try:
+            async for answer in method(
+                request, timeout=deadline_s(name), wait_for_ready=True, metadata=metadata()
+            ):
+                yield answer
+        except grpc.RpcError as error:
+            raise await self._translated(error) from None
+
     async def _translated(self, error: grpc.RpcError) -> SecaggError:
         """Why TLS refuses the connection, if it does; else what the key holder said."""
         found = from_rpc_error(error)
@@ -322,6 +392,10 @@ class KeyHolderClient:
             return found
         roles = (Role.KEY_HOLDER,)
         return await asyncio.to_thread(why_unreachable, self._address, self._kit, roles) or found
+
+
+def _named(context: RoundContext, upload_digest: bytes) -> pb.NamedUpload:
+    return pb.NamedUpload(context=context_id_to_wire(context.id), upload_digest=upload_digest)
 
 
 def _stamp(kit: Kit | None) -> tuple[int, int]:

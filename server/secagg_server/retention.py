@@ -1,4 +1,4 @@
-"""Removes what nobody needs any more: old sums, model versions and receipts.
+"""Removes what nobody needs any more: old sums, model versions, receipts and verdicts.
 
 The newest model of a task stays, and so does the replay index: the digest, client and state of
 every upload. What has been used once must be known for as long as the server lives.
@@ -49,10 +49,13 @@ def sweep(store: Store, blobs: BlobStore, before: datetime.datetime) -> int:
 def _sweep_task(store: Store, blobs: BlobStore, task: TaskRow, before: datetime.datetime) -> None:
     if task.state is not TaskState.RUNNING:
         blobs.drop_uploads(task.task_id)
+    check = task.task_spec().plan.norm_check
+    past = 1 if check is None or check.min_cosine is None else 2
     for row in store.rounds(task.task_id):
         # An aborted attempt has no sums; those of its round are a later attempt's.
         if row.state is RoundState.DONE and row.ended_at and row.ended_at < before:
             blobs.drop_sums(task.task_id, row.round_number)
-            # The version that a round started from; the newest one is nobody's past.
-            if 0 < row.model_version <= task.model_version:
-                blobs.drop_model(task.task_id, row.model_version - 1)
+            # The version that a round started from, or the one before that if its uploads were
+            # compared with the step between them; the newest one is nobody's past.
+            if past <= row.model_version <= task.model_version:
+                blobs.drop_model(task.task_id, row.model_version - past)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from secagg.challenger import Challenger
 from secagg.context import ContextId, RoundContext
 from secagg.endorsement import Endorsement
 from secagg.errors import ClosedError, NotReadyError
@@ -25,6 +26,7 @@ class OpenRound:
         model_version: what clients start from.
         deadline: clock time in seconds at which it closes.
         selected: names of the clients drawn for it; None lets everybody in.
+        challenger: commits to what uploads will be asked; None without a norm check.
         filled: set once as many uploads as wanted have been accepted.
     """
 
@@ -34,6 +36,7 @@ class OpenRound:
     model_version: int
     deadline: float
     selected: frozenset[str] | None = None
+    challenger: Challenger | None = None
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 

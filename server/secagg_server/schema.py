@@ -127,7 +127,11 @@ class RoundRow(Base):
 
 
 class UploadRow(Base):
-    """A client's upload in one attempt; without its admission, a reminder that it has been."""
+    """A client's upload in one attempt; without its admission, a reminder that it has been.
+
+    Attributes:
+        admission, verdict: `Admission` and `NormVerdict` messages of the wire.
+    """
 
     __tablename__ = "uploads"
     __table_args__ = (
@@ -146,6 +150,7 @@ class UploadRow(Base):
     admission: Mapped[bytes | None]
     state: Mapped[UploadState] = mapped_column(default=UploadState.RECEIVING)
     reason: Mapped[str] = mapped_column(default="")
+    verdict: Mapped[bytes | None]
 
 
 class AuditRow(Base):

@@ -32,6 +32,7 @@ from secagg.wire.codec import (
     piece_count,
     plan_to_wire,
     tensors_to_wire,
+    verdict_to_wire,
 )
 from secagg.wire.v1 import (
     aggregation_service_pb2,
@@ -43,10 +44,11 @@ from secagg.wire.v1 import (
 from secagg_server.blobs import BlobStore
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
-from secagg_server.rounds import OpenRounds
+from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import RoundState, TaskState, UploadState
 from secagg_server.store import RoundRow, Store, TaskRow, UploadCounts
 from secagg_server.tasks import TaskSpec
+from secagg_server.verdicts import VerdictDesk
 
 __all__ = ["AggregationService", "OperatorService"]
 
@@ -59,11 +61,19 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer):
     """Rounds, models and uploads, for clients."""
 
-    def __init__(self, store: Store, blobs: BlobStore, rounds: OpenRounds, intake: Intake) -> None:
+    def __init__(
+        self,
+        store: Store,
+        blobs: BlobStore,
+        rounds: OpenRounds,
+        intake: Intake,
+        verdicts: VerdictDesk,
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._rounds = rounds
         self._intake = intake
+        self._verdicts = verdicts
         self._digests: dict[tuple[str, int], bytes] = {}
 
     @translated
@@ -87,6 +97,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             rounds_total=current.spec.rounds,
             key_holder_identity=current.endorsement.identity,
             round_key_signature=current.endorsement.signature,
+            challenge_commitment=_commitment(current, request.client_key),
         )
 
     @translated
@@ -179,6 +190,24 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
         )
         self._rounds.note_upload(round_context, await asyncio.to_thread(self._accepted, request))
         return aggregation_service_pb2.CommitUploadResponse(state=round_pb2.UPLOAD_STATE_ACCEPTED)
+
+    @translated
+    async def GetVerdict(
+        self, request: aggregation_service_pb2.GetVerdictRequest, context: _Context
+    ) -> aggregation_service_pb2.GetVerdictResponse:
+        """See the contract."""
+        shown = await asyncio.to_thread(
+            self._verdicts.show,
+            context_id_from_wire(request.context),
+            exact("client_key", request.client_key, CLIENT_KEY_BYTES),
+            _caller_name(),
+        )
+        return aggregation_service_pb2.GetVerdictResponse(
+            verdict=verdict_to_wire(shown.verdict),
+            challenge_key=shown.challenge_key,
+            direction=shown.direction,
+            model_version=shown.model_version,
+        )
 
     def _accepted(self, request: aggregation_service_pb2.CommitUploadRequest) -> int:
         context = request.context
@@ -345,6 +374,19 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
                     hash=entry.hash,
                 )
             after = entries[-1].sequence
+
+
+def _commitment(current: OpenRound, client_key: bytes) -> bytes:
+    """What the caller's receipt must hold of its challenge; empty without a norm check."""
+    if current.challenger is None:
+        return b""
+    if len(client_key) != CLIENT_KEY_BYTES:
+        raise MalformedError(
+            f"expected the client_key of {CLIENT_KEY_BYTES} bytes that the receipt will be signed "
+            f"with, because the plan has a norm check; got bytes={len(client_key)}; send it, with "
+            "a client of this version"
+        )
+    return current.challenger.commitment(client_key)
 
 
 async def _first_spec(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
-from secagg.context import round_key_id
+from secagg.context import ContextId, round_key_id
 from secagg.errors import ConfigurationError, DuplicateError
 from secagg.transcript import digest
 from secagg_server import migrations
@@ -190,6 +190,16 @@ class Store(Uploads):
     def attempts(self, session: Session, task_id: str, round_number: int) -> int:
         """Attempts at a round so far."""
         return _attempts(session, task_id, round_number)
+
+    @reading
+    def started_from(self, session: Session, context: ContextId) -> int:
+        """The model version that an attempt started from, however long ago."""
+        newest = select(func.max(RoundRow.model_version)).where(
+            RoundRow.task_id == context.task_id,
+            RoundRow.round_number < context.round_number,
+            RoundRow.state == RoundState.DONE,
+        )
+        return session.scalar(newest) or 0
 
     @writing
     def open_round(

@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from secagg.context import check_task_id
 from secagg.errors import ConfigurationError
-from secagg.parameters import MIN_COHORT, FloatSegment, IntegerSegment, Plan, Segment, TensorSpec
+from secagg.parameters import (
+    MIN_COHORT,
+    FloatSegment,
+    IntegerSegment,
+    NormCheck,
+    Plan,
+    Segment,
+    TensorSpec,
+)
 from secagg.planner import make_plan
 from secagg.settings import read_toml, validated
 from secagg.wire.codec import MODEL_VALUE_BYTES, plan_from_wire, plan_to_wire
@@ -22,6 +30,7 @@ MAX_ATTEMPTS = 100
 MAX_ROUNDS = 1_000_000
 MIN_DEADLINE_MS = 100
 MAX_DEADLINE_MS = 31 * 24 * 3600 * 1000  # a month; fits into the wire's 32 bits
+_USUAL = NormCheck()
 
 
 @dataclass(frozen=True)
@@ -143,9 +152,23 @@ class _Integers(_Section):
     name: str
     size: int
     max_abs: int
+    max_norm: float | None = None
 
     def segment(self) -> IntegerSegment:
-        return IntegerSegment(self.name, self.size, self.max_abs)
+        return IntegerSegment(self.name, self.size, self.max_abs, self.max_norm)
+
+
+class _NormCheck(_Section):
+    enabled: bool = True
+    margin: float = _USUAL.margin
+    sketches: int = _USUAL.sketches
+    tolerated: int = _USUAL.tolerated
+    min_cosine: float | None = _USUAL.min_cosine
+
+    def check(self) -> NormCheck | None:
+        if not self.enabled:
+            return None
+        return NormCheck(self.margin, self.sketches, self.tolerated, self.min_cosine)
 
 
 class _TaskFile(_Section):
@@ -159,6 +182,7 @@ class _TaskFile(_Section):
     max_attempts: int = 3
     update: _Update | None = None
     integers: list[_Integers] = Field(default_factory=list)
+    norm_check: _NormCheck = Field(default_factory=_NormCheck)
 
 
 def read_task(file: Path) -> TaskSpec:
@@ -171,7 +195,12 @@ def read_task(file: Path) -> TaskSpec:
     literal = validated(_TaskFile, read_toml(file))
     segments: list[Segment] = [literal.update.segment()] if literal.update else []
     segments += [integers.segment() for integers in literal.integers]
-    plan = make_plan(segments, min_clients=literal.min_clients, max_clients=literal.max_clients)
+    plan = make_plan(
+        segments,
+        min_clients=literal.min_clients,
+        max_clients=literal.max_clients,
+        norm_check=literal.norm_check.check(),
+    )
     return TaskSpec(
         literal.task_id,
         plan,

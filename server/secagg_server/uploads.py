@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, and_, func, select, tuple_, update
@@ -12,7 +13,14 @@ from sqlalchemy.orm import Session
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError
 from secagg.upload import Admission
-from secagg.wire.codec import admission_from_wire, admission_to_wire, parse
+from secagg.verdicts import Verdict
+from secagg.wire.codec import (
+    admission_from_wire,
+    admission_to_wire,
+    parse,
+    verdict_from_wire,
+    verdict_to_wire,
+)
 from secagg.wire.v1 import round_pb2
 from secagg_server.audit_log import AuditLog, where
 from secagg_server.schema import RoundKey, RoundRow, UploadRow
@@ -129,11 +137,67 @@ class Uploads(AuditLog):
         key = round_key(context)
         named = select(UploadRow).where(_of(key), UploadRow.upload_digest == upload_digest)
         row = session.scalar(named)
-        if row is None or row.state is UploadState.REJECTED:
+        if row is not None:
+            self._reject(session, row, reason)
+
+    def _reject(self, session: Session, row: UploadRow, reason: str) -> None:
+        if row.state is UploadState.REJECTED:
             return
         row.state, row.reason = UploadState.REJECTED, storable(reason)
-        code = reason_code(reason)
-        self._record_upload(session, "upload-rejected", key, row.client, upload_digest, reason=code)
+        key, code = (row.task_id, row.round_number, row.attempt), reason_code(reason)
+        self._record_upload(
+            session, "upload-rejected", key, row.client, row.upload_digest, reason=code
+        )
+
+    @writing
+    def record_verdicts(
+        self, session: Session, key: RoundKey, verdicts: Sequence[Verdict], reason: str
+    ) -> None:
+        """Keep the verdicts on all uploads of an attempt, and refuse the uploads that they refuse.
+
+        All in one transaction: whoever finds one verdict of an attempt finds them all.
+
+        Args:
+            verdicts: on uploads of this attempt; verified.
+            reason: why those are refused that are.
+
+        Raises:
+            ConfigurationError: no such attempt.
+        """
+        require_round(session, key)
+        rows = {
+            row.upload_digest: row for row in session.scalars(select(UploadRow).where(_of(key)))
+        }
+        for verdict in verdicts:
+            row = rows[verdict.receipt.upload_digest]
+            row.verdict = verdict_to_wire(verdict).SerializeToString()
+            if not verdict.accepted:
+                self._reject(session, row, reason)
+        accepted = sum(verdict.accepted for verdict in verdicts)
+        counts = {"accepted": accepted, "refused": len(verdicts) - accepted}
+        self._record(session, "norms-judged", **where(key), **counts)
+
+    @reading
+    def norms_judged(self, session: Session, key: RoundKey) -> bool:
+        """Whether the verdicts on an attempt's uploads have been recorded."""
+        judged = select(UploadRow.client).where(_of(key), UploadRow.verdict.is_not(None)).limit(1)
+        return session.scalar(judged) is not None
+
+    @reading
+    def verdict(
+        self, session: Session, context: ContextId, client: str
+    ) -> tuple[RoundState, Verdict | None] | None:
+        """The attempt's state, and the verdict on a client's upload if there is one.
+
+        None when the client has announced no upload.
+        """
+        key = _key(context)
+        row = session.get(UploadRow, (*key, client))
+        if row is None:
+            return None
+        kept = row.verdict
+        verdict = verdict_from_wire(parse(round_pb2.NormVerdict, kept)) if kept else None
+        return require_round(session, key).state, verdict
 
     @reading
     def accepted(self, session: Session, context: RoundContext) -> list[Admission]:
@@ -168,12 +232,12 @@ class Uploads(AuditLog):
 
     @writing
     def drop_admissions(self, session: Session, before: datetime.datetime) -> int:
-        """Forget receipts and seals of rounds that ended before a moment.
+        """Forget receipts, seals and verdicts of rounds that ended before a moment.
 
         Digests, clients and states stay: an upload of then is refused now.
 
         Returns:
-            How many were forgotten.
+            How many uploads had them.
         """
         attempt = (RoundRow.task_id, RoundRow.round_number, RoundRow.attempt)
         ended = select(*attempt).where(RoundRow.ended_at < before)
@@ -182,7 +246,7 @@ class Uploads(AuditLog):
         tasks = select(UploadRow.task_id, func.count()).where(old).group_by(UploadRow.task_id)
         counted = session.execute(tasks.order_by(UploadRow.task_id))
         dropped = {task_id: count for task_id, count in counted}  # noqa: C416 - of rows, not pairs
-        session.execute(update(UploadRow).where(old).values(admission=None))
+        session.execute(update(UploadRow).where(old).values(admission=None, verdict=None))
         for task_id, count in dropped.items():
             self._record(session, "retained-dropped", task=task_id, uploads=count)
         return sum(dropped.values())

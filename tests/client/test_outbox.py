@@ -25,7 +25,7 @@ from secagg.errors import (
 from secagg.upload import Upload
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg_client import session as session_module
-from secagg_client.outbox import Outbox
+from secagg_client.outbox import Kept, Outbox
 from secagg_client.session import ClientSession
 
 PLAN = cohort.counts_plan()
@@ -33,6 +33,11 @@ PLAN = cohort.counts_plan()
 
 def context(number: int = 1, attempt: int = 1, task_id: str = "task") -> RoundContext:
     return cohort.round_context(PLAN, task_id=task_id, round_number=number, attempt=attempt)
+
+
+def kept_of(context: RoundContext, upload: Upload | None = None) -> Kept:
+    """An upload as it is kept; a cheap one of client 0 when omitted."""
+    return Kept(context, bytes(range(32)), upload or cohort.noise_upload(context, 0))
 
 
 def only_file(folder: Path) -> Path:
@@ -45,21 +50,24 @@ def only_file(folder: Path) -> Path:
 
 def test_what_was_saved_comes_back_byte_for_byte(tmp_path: Path) -> None:
     current = context()
-    upload = cohort.encrypted(current, 0)
-    Outbox(tmp_path, "task").save(upload)
-    assert Outbox(tmp_path, "task").load(current.id) == upload
+    kept = kept_of(current, cohort.encrypted(current, 0))
+    Outbox(tmp_path, "task").save(kept)
+    assert Outbox(tmp_path, "task").load(current.id) == kept
+    assert Outbox(tmp_path, "task").latest() == kept
     assert Outbox(tmp_path, "task").newest() == (1, 1)
 
 
 def test_an_empty_outbox_has_nothing_and_makes_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path / "absent", "task")
     assert outbox.load(context().id) is None
+    assert outbox.latest() is None
+    assert not outbox.evidence()
     assert outbox.newest() == (0, 0)
     assert not (tmp_path / "absent").exists()
 
 
 def test_nobody_else_can_read_it(tmp_path: Path) -> None:
-    Outbox(tmp_path / "private", "task").save(cohort.encrypted(context(), 0))
+    Outbox(tmp_path / "private", "task").save(kept_of(context()))
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
     assert stat.S_IMODE(only_file(tmp_path / "private").stat().st_mode) == 0o600
 
@@ -68,7 +76,7 @@ def test_only_the_newest_round_is_kept(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, "task")
     rounds = [context(1, 1), context(1, 2), context(2, 1), context(10, 1)]
     for current in rounds:
-        outbox.save(cohort.noise_upload(current, 0))
+        outbox.save(kept_of(current))
         assert outbox.newest() == (current.id.round_number, current.id.attempt)
         assert outbox.load(current.id) is not None
     assert [outbox.load(current.id) for current in rounds[:-1]] == [None] * 3
@@ -81,8 +89,8 @@ def test_tasks_of_similar_names_do_not_touch_one_another(
 ) -> None:
     first, second = Outbox(tmp_path, one), Outbox(tmp_path, other)
     early, late = context(1, 1, one), context(2, 1, other)
-    first.save(cohort.noise_upload(early, 0))
-    second.save(cohort.noise_upload(late, 0))
+    first.save(kept_of(early))
+    second.save(kept_of(late))
     assert (first.newest(), second.newest()) == ((1, 1), (2, 1))
     assert first.load(early.id) is not None
     assert second.load(late.id) is not None
@@ -94,8 +102,24 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"mine")
     outbox = Outbox(tmp_path, "task")
     assert outbox.newest() == (0, 0)
-    outbox.save(cohort.noise_upload(context(), 0))
+    outbox.save(kept_of(context()))
     assert {path.name for path in tmp_path.iterdir()} == {*names, "upload-task.1.1"}
+
+
+def test_evidence_stays_with_its_upload_whatever_comes_later(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, "task")
+    first, second, third = (context(number) for number in (1, 2, 10))
+    outbox.save(kept_of(first))
+    file = outbox.keep_evidence((1, 1), b"what the server answered")
+    for current in (second, third):
+        outbox.save(kept_of(current))
+    assert file.read_bytes() == b"what the server answered"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert outbox.load(first.id) is not None
+    assert outbox.load(second.id) is None
+    assert outbox.newest() == (10, 1)
+    assert outbox.evidence() == [tmp_path / "evidence-task.1.1.pb"]
+    assert not Outbox(tmp_path, "task.1").evidence()
 
 
 SITS_OUT = "sits the round out rather than encrypt a second time"
@@ -108,7 +132,7 @@ SITS_OUT = "sits the round out rather than encrypt a second time"
 )
 def test_a_file_that_is_none_makes_the_client_sit_out(data: bytes, tmp_path: Path) -> None:
     outbox, current = Outbox(tmp_path, "task"), context()
-    outbox.save(cohort.noise_upload(current, 0))
+    outbox.save(kept_of(current))
     only_file(tmp_path).write_bytes(data)
     with pytest.raises(ClosedError, match=SITS_OUT):
         outbox.load(current.id)
@@ -126,7 +150,7 @@ CURRENT = context()
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("kept")
-    Outbox(folder, "task").save(cohort.noise_upload(CURRENT, 0))
+    Outbox(folder, "task").save(kept_of(CURRENT))
     return folder, only_file(folder).read_bytes()
 
 
@@ -158,7 +182,7 @@ def test_a_file_cut_anywhere_makes_the_client_sit_out(
 def test_an_upload_for_another_context_is_not_sent(tmp_path: Path) -> None:
     """The same round and attempt, under another round key."""
     outbox = Outbox(tmp_path, "task")
-    outbox.save(cohort.noise_upload(context(), 0))
+    outbox.save(kept_of(context()))
     with pytest.raises(ClosedError, match="damaged or for another context"):
         outbox.load(context().id)
 
@@ -230,7 +254,7 @@ def test_after_a_crash_the_same_bytes_are_sent(
     assert only_file(outbox).read_bytes() == first
     kept = Outbox(outbox, "task").load(current.context.id)
     assert kept is not None
-    assert digests == [kept.admission.receipt.upload_digest]
+    assert digests == [kept.upload.admission.receipt.upload_digest]
     assert site.store.counts(("task", 1, 1)).accepted == 1
 
 
@@ -326,7 +350,7 @@ def test_a_server_that_goes_back_behind_the_newest_upload_is_refused(
 ) -> None:
     """As one that was restored from a backup: what it asks for again may have been released."""
     site.create(task())
-    Outbox(outbox, "task").save(cohort.noise_upload(context(*newest), 0))
+    Outbox(outbox, "task").save(kept_of(context(*newest)))
     before = only_file(outbox).read_bytes()
     with (
         site.session(0, outbox=outbox) as session,
@@ -358,4 +382,4 @@ def test_a_server_that_is_away_for_long_loses_nothing(site: Site, outbox: Path) 
         current = take_part(session, 0)
     kept = Outbox(outbox, "task").load(current.context.id)
     assert kept is not None
-    assert digests == [kept.admission.receipt.upload_digest]
+    assert digests == [kept.upload.admission.receipt.upload_digest]

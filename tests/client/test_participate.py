@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
-from federations import CLIENTS, Site, new_federation, shared, site
+from click.testing import Result
+from federations import (
+    CLIENTS,
+    Site,
+    key_holder_identity,
+    new_federation,
+    shared,
+    site,
+    swap_in,
+)
 from serving import loop_thread, quick_retry
+from typer.testing import CliRunner
 
 from secagg.errors import (
     ClosedError,
@@ -25,12 +36,20 @@ from secagg.errors import (
     DuplicateError,
     InputError,
     NoCertificateError,
+    SecaggError,
+    UntrustedKeyError,
     WrongRoleError,
 )
+from secagg.receipts import SigningKey
+from secagg.verdicts import Verdict
+from secagg.wire import codec
+from secagg.wire.v1 import aggregation_service_pb2 as pb
+from secagg_client.cli import app
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError
 from secagg_client.model import init_shared
 from secagg_client.participate import (
+    Participation,
     RoundReport,
     StateDir,
     _take_part,
@@ -41,6 +60,7 @@ from secagg_client.prepare import prepare
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.serve import recommend_for
 from secagg_client.session import ClientSession, Cost
+from secagg_server.services import AggregationService
 from secagg_server.states import TaskState
 from secagg_server.tasks import read_task
 
@@ -50,6 +70,11 @@ ITEMS = 300  # of the generated marketplace
 def _settings(tmp_path: Path, **changes: Any) -> ClientSettings:  # noqa: ANN401
     values = {"dataset": "marketplace", "silos": 3, "dimensions": 4, "state_dir": tmp_path / "s"}
     return ClientSettings(**(values | changes))
+
+
+def _costs(settings: ClientSettings) -> list[dict[str, Any]]:
+    lines = (settings.state_dir / "costs.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 class _Round:
@@ -129,10 +154,14 @@ def test_a_missed_round_leaves_the_private_state_as_it_was(
 def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     _, silo = load_silo(settings)
-    _take_part(_Round(1), silo, StateDir(settings.state_dir))  # type: ignore[arg-type]
-    line = json.loads((settings.state_dir / "costs.jsonl").read_text())
+    state = StateDir(settings.state_dir)
+    report = _take_part(_Round(1), silo, state)  # type: ignore[arg-type]
+    assert report is not None
+    state.report(report)
+    (line,) = _costs(settings)
     assert line.keys() == {
         "round_number", "train_s", "quantize_s", "encrypt_s", "upload_s", "upload_bytes",
+        "accepted",
     }  # fmt: skip
 
 
@@ -167,12 +196,27 @@ def test_repeatable_rounding_is_refused_off_loopback(tmp_path: Path) -> None:
 # --- with a kit ----------------------------------------------------------------------------------
 
 
+class _Bent(AggregationService):
+    """The real service, with verdicts that a test changes on their way out."""
+
+    bend: Callable[[pb.GetVerdictResponse], None] = staticmethod(lambda _answer: None)
+
+    async def GetVerdict(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        """See the contract."""
+        answer = await super().GetVerdict(request, context)
+        self.bend(answer)
+        return answer
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Site]:
-    """All services of a federation, with a recommender's task of one round."""
+    """All services of a federation, with a recommender's task of one round and a norm check."""
     prepare(_settings(tmp_path), tmp_path / "work", rounds=1)
     federation = new_federation(tmp_path / "federation")
-    with loop_thread() as thread, site(thread, tmp_path / "site", federation) as running:
+    with (
+        loop_thread() as thread,
+        site(thread, tmp_path / "site", federation, service=_Bent) as running,
+    ):
         running.create(
             replace(read_task(tmp_path / "work" / "task.toml"), round_deadline_ms=600_000)
         )
@@ -189,7 +233,7 @@ def _joining(made: Site, tmp_path: Path, number: int) -> ClientSettings:
     )
 
 
-def _join(settings: ClientSettings) -> tuple[int, list[RoundReport]]:
+def _join(settings: ClientSettings) -> tuple[Participation, list[RoundReport]]:
     reports: list[RoundReport] = []
     return participate(settings, lambda report, _: reports.append(report)), reports
 
@@ -197,9 +241,9 @@ def _join(settings: ClientSettings) -> tuple[int, list[RoundReport]]:
 def test_silos_with_kits_take_part_until_the_task_ends(made: Site, tmp_path: Path) -> None:
     joining = [_joining(made, tmp_path, number) for number in range(3)]
     with ThreadPoolExecutor(3) as threads:
-        for contributed, reports in threads.map(_join, joining):
-            assert contributed == 1
-            assert [report.round_number for report in reports] == [1]
+        for taken, reports in threads.map(_join, joining):
+            assert taken == Participation(contributed=1, judged=1, refused=0)
+            assert [(report.round_number, report.accepted) for report in reports] == [(1, True)]
     row = made.store.task("recommender")
     assert (row.state, row.model_version) == (TaskState.FINISHED, 1)
     (only,) = made.store.rounds("recommender")
@@ -208,8 +252,84 @@ def test_silos_with_kits_take_part_until_the_task_ends(made: Site, tmp_path: Pat
         names = {path.name for path in settings.state_dir.iterdir()}
         # The signing key is the kit's; none is made here.
         assert names == {"costs.jsonl", "upload-recommender.1.1", "vectors-1.npz"}
+        assert [line["accepted"] for line in _costs(settings)] == [True]
         for path in settings.state_dir.iterdir():
             assert path.name == "costs.jsonl" or stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def _bend(made: Site, bend: Callable[[pb.GetVerdictResponse], None]) -> None:
+    made.faces.bend = bend  # type: ignore[attr-defined]
+
+
+def _run_join(
+    made: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Result, ClientSettings]:
+    """The command line of silo 0, beside the two others, and its settings."""
+    # It would send the log of all tests that follow to a stream that is closed.
+    monkeypatch.setattr("secagg_client.cli.logs.configure", lambda _level: None)
+    joining = [_joining(made, tmp_path, number) for number in range(3)]
+    given = joining[0].model_dump(exclude_unset=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    with ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(_join, settings) for settings in joining[1:]]
+        result = CliRunner().invoke(app, ["join", *flags])
+        for other in others:
+            with contextlib.suppress(SecaggError):
+                other.result()
+    return result, joining[0]
+
+
+def test_a_silo_whose_updates_are_refused_is_told_at_the_end(
+    made: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = key_holder_identity(made.federation)
+
+    def refuse(answer: pb.GetVerdictResponse) -> None:
+        """As the key holder would, had it found the update too large."""
+        verdict = codec.verdict_from_wire(answer.verdict)
+        refused = Verdict.sign(holder, verdict.receipt, verdict.sketch_digest, accepted=False)
+        answer.verdict.CopyFrom(codec.verdict_to_wire(refused))
+
+    _bend(made, refuse)
+    result, settings = _run_join(made, tmp_path, monkeypatch)
+    assert result.exit_code == 0, result.output
+    assert "contributed to 1 rounds" in result.output
+    assert "refused in 1 of 1 rounds: the norm of the update" in result.output
+    assert "check the clip norm, the data and the learning rate" in result.output
+    assert [line["accepted"] for line in _costs(settings)] == [False]
+
+
+def test_a_silo_that_catches_the_server_stops_and_says_where_the_evidence_is(
+    made: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forge(answer: pb.GetVerdictResponse) -> None:
+        answer.challenge_key = bytes(range(32))
+
+    _bend(made, forge)
+    result, settings = _run_join(made, tmp_path, monkeypatch)
+    assert result.exit_code == 77, result.output
+    assert "FORGED_SKETCH" in result.output
+    evidence = settings.state_dir / "evidence-recommender.1.1.pb"
+    assert str(evidence) in result.output
+    assert (settings.state_dir / "upload-recommender.1.1").exists()
+    assert [line["accepted"] for line in _costs(settings)] == [None]
+
+
+def test_a_verdict_counts_only_from_a_key_holder_in_the_kit(made: Site, tmp_path: Path) -> None:
+    """The one that signed this endorsed the round, and is pinned no more."""
+    settings = _joining(made, tmp_path, 0)
+    pinned = made.federation.kit(CLIENTS[0]) / "key_holder.pub"
+    another = SigningKey.generate().public.hex()
+
+    def rotate(_answer: pb.GetVerdictResponse) -> None:
+        swap_in(pinned, f"{another}\n".encode())
+
+    _bend(made, rotate)
+    with ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(_join, _joining(made, tmp_path, number)) for number in (1, 2)]
+        with pytest.raises(UntrustedKeyError, match="verdict signed by the key holder"):
+            _join(settings)
+        assert [other.result()[0].judged for other in others] == [1, 1]
 
 
 def _crashing(self: ClientSession, method: Any, request: Any) -> Any:  # noqa: ANN401
@@ -234,7 +354,7 @@ def test_a_silo_that_crashed_sends_what_it_had_encrypted(made: Site, tmp_path: P
     _crash(joining[0])
     kept = (joining[0].state_dir / "upload-recommender.1.1").read_bytes()
     with ThreadPoolExecutor(3) as threads:
-        assert [contributed for contributed, _ in threads.map(_join, joining)] == [1, 1, 1]
+        assert [taken.contributed for taken, _ in threads.map(_join, joining)] == [1, 1, 1]
     assert (joining[0].state_dir / "upload-recommender.1.1").read_bytes() == kept
 
 

@@ -34,7 +34,7 @@ from secagg.planner import make_plan
 from secagg.quantize import Quantized
 from secagg.release import Release, sums_sha256
 from secagg.wire.codec import sums_from_bytes
-from secagg_server.coordinator import KEY_HOLDER_ATTEMPTS
+from secagg_server.key_holder import KEY_HOLDER_ATTEMPTS
 from secagg_server.rounds import OpenRound
 from secagg_server.states import RoundState, TaskState
 

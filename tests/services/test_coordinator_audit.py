@@ -38,7 +38,7 @@ from secagg.receipts import Receipt
 from secagg.residues import widen
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
-from secagg_server.coordinator import KEY_HOLDER_ATTEMPTS
+from secagg_server.key_holder import KEY_HOLDER_ATTEMPTS
 from secagg_server.schema import UploadRow
 from secagg_server.states import RoundState, TaskState, UploadState
 from secagg_server.store import RoundRow

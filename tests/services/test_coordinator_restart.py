@@ -31,7 +31,8 @@ from secagg import audit
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, DuplicateError
 from secagg_server import retention
-from secagg_server.coordinator import KEY_HOLDER_ATTEMPTS, RESTART_GRACE_S
+from secagg_server.coordinator import RESTART_GRACE_S
+from secagg_server.key_holder import KEY_HOLDER_ATTEMPTS
 from secagg_server.states import RoundState, TaskState, UploadState
 from secagg_server.tasks import TaskSpec
 

@@ -38,6 +38,8 @@ OF_THE_SERVER = (
     "upload-announced",
     "chunk-stored",
     "upload-accepted",
+    "sketch-submitted",
+    "verdicts-recorded",
     "uploads-judged",
     "sum-ready",
     "release-received",
@@ -48,6 +50,8 @@ OF_THE_KEY_HOLDER = (
     "key-stored",
     "round-recorded",
     "upload-admitted",
+    "sketch-judged",
+    "verdicts-given",
     "release-recorded",
     "release-key-erased",
 )
@@ -79,7 +83,8 @@ def attempts(answer: pb.GetTaskResponse) -> list[tuple[int, int, int]]:
 
 
 def counted_once(machine: Machine, answer: pb.GetTaskResponse) -> None:
-    """Each client's upload was accepted, admitted and released once a round, by the logs too."""
+    """Each client's upload was accepted, admitted, judged and released once a round, by the logs
+    too."""
     done = [row for row in answer.rounds if row.state == round_pb2.ROUND_STATE_DONE]
     assert [(row.uploads, row.rejected) for row in done] == [(len(CLIENTS), 0)] * ROUNDS
     served, held = machine.entries(SERVER), machine.entries(KEY_HOLDER)
@@ -87,9 +92,11 @@ def counted_once(machine: Machine, answer: pb.GetTaskResponse) -> None:
         there = f'"attempt":{row.attempt},'
         for entries, event, round_, times in (
             (served, "upload-accepted", f'"round":{row.round_number},', len(CLIENTS)),
+            (served, "norms-judged", f'"round":{row.round_number},', 1),
             (served, "round-finished", f'"round":{row.round_number},', 1),
             (held, "round-opened", f'"round_number":{row.round_number},', 1),
             (held, "upload-admitted", f'"round_number":{row.round_number},', len(CLIENTS)),
+            (held, "norm-judged", f'"round_number":{row.round_number},', len(CLIENTS)),
             (held, "round-released", f'"round_number":{row.round_number},', 1),
         ):
             found = [e for e in entries if e.event == event]

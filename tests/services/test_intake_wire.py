@@ -30,6 +30,7 @@ from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc, round_pb2
 from secagg_server.services import AggregationService
 from secagg_server.states import TaskState
+from secagg_server.verdicts import VerdictDesk
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 @pytest.fixture
 def stub(desk: Desk) -> Iterator[aggregation_service_pb2_grpc.AggregationServiceStub]:
     def add(server: grpc.aio.Server) -> None:
-        service = AggregationService(desk.store, desk.blobs, desk.rounds, desk.intake)
+        verdicts = VerdictDesk(desk.store, desk.roster, bytes(32))
+        service = AggregationService(desk.store, desk.blobs, desk.rounds, desk.intake, verdicts)
         aggregation_service_pb2_grpc.add_AggregationServiceServicer_to_server(service, server)
 
     with (

@@ -34,10 +34,13 @@ from secagg.errors import (
     SecaggError,
     UnavailableError,
 )
+from secagg.keyholder import Finding
 from secagg.parameters import IntegerSegment
 from secagg.planner import make_plan
 from secagg.sealing import ROUND_KEY_BYTES
 from secagg_keyholder import database
+from secagg_keyholder.backup import restore_ledger
+from secagg_keyholder.database import Database
 from secagg_keyholder.ledger import Ledger, OpenedRound, RoundState, Verdict
 from secagg_keyholder.schema import ROUNDS
 
@@ -107,6 +110,11 @@ def admitted(ledger: Ledger, name: ContextId, *indices: int) -> None:
     ledger.record_verdicts(name, [verdict(index, f"client-{index}") for index in indices or (1,)])
 
 
+def finding(index: int, *, passed: bool = True) -> Finding:
+    """By the sketch of this number."""
+    return Finding(b"sketch".ljust(31) + bytes([index]), passed)
+
+
 def current(ledger: Ledger, task_id: str = "task") -> OpenedRound:
     found = ledger.current(task_id)
     assert found is not None
@@ -162,7 +170,7 @@ def test_an_opened_round_is_there_after_a_restart(path: Path, ledger: Ledger) ->
         row = current(again)
         assert [row] == again.open_rounds() == ledger.open_rounds()
     assert (row.id, row.plan, row.public_key) == (fresh.id, PLAN_BYTES, fresh.round_key)
-    assert (row.state, row.refusals) == (RoundState.OPEN, 0)
+    assert (row.state, row.refusals, row.judged) == (RoundState.OPEN, 0, False)
     assert events(ledger) == ["ledger-migrated", "round-opened"]
     assert details(ledger)["round_key_id"] == fresh.id.round_key_id.hex()
 
@@ -248,6 +256,7 @@ def test_another_rounds_names_are_refused(ledger: Ledger) -> None:
         ledger.verdicts,
         ledger.admissions,
         ledger.audited,
+        ledger.findings,
         ledger.release,
         ledger.count_refusal,
         lambda name: ledger.close_round(name, "ABANDONED"),
@@ -255,11 +264,13 @@ def test_another_rounds_names_are_refused(ledger: Ledger) -> None:
         lambda name: judged(ledger, name, 1, "client"),
         lambda name: ledger.record_release(name, MANIFEST, 3, SUMS),
         lambda name: ledger.record_audited(name, upload(1), ""),
+        lambda name: ledger.record_finding(name, upload(1), finding(1)),
+        lambda name: ledger.record_given(name, []),
     ]
     for call in calls:
         assert "round_key_id" in refuses(ContextError, ledger, call, other)
     unknown = context(5).id
-    for call in calls[:5] + calls[6:]:
+    for call in calls[:6] + calls[7:]:
         refuses(ClosedError, ledger, call, unknown)
 
 
@@ -527,6 +538,97 @@ def test_an_ended_round_is_not_audited(ledger: Ledger) -> None:
     assert ledger.record_audited(name, upload(1), "") == "OFF_GRID"
 
 
+# --- norm checks ------------------------------------------------------------------------------
+
+
+def checked(ledger: Ledger, *refused: int) -> ContextId:
+    """An open round of uploads 1 to 3, whose sketches are judged and whose verdicts are not."""
+    name = opened(ledger)
+    admitted(ledger, name, 1, 2, 3)
+    for index in (1, 2, 3):
+        ledger.record_finding(name, upload(index), finding(index, passed=index not in refused))
+    return name
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_the_norm_check_found_is_there_after_a_restart(
+    path: Path, ledger: Ledger, given: bool
+) -> None:
+    name = checked(ledger, 2)
+    wanted = {upload(index): finding(index, passed=index != 2) for index in (1, 2, 3)}
+    if given:
+        ledger.record_given(name, wanted)
+    with closing(reopened(path)) as again:
+        assert again.findings(name) == wanted
+        assert current(again).judged is given
+        assert again.open_rounds() == [current(again)]
+    assert len(ledger.admissions(name)) == 3
+    assert ledger.audited(name) == {}
+
+
+def test_an_upload_is_judged_by_one_sketch(ledger: Ledger) -> None:
+    name = checked(ledger, 1)
+    before = dump(ledger)
+    ledger.record_finding(name, upload(1), finding(1, passed=False))
+    assert dump(ledger) == before
+    refuses(DuplicateError, ledger, ledger.record_finding, name, upload(1), finding(2))
+    # The same sketch cannot be found to be something else.
+    ledger.record_finding(name, upload(1), finding(1))
+    assert dump(ledger) == before
+
+
+def test_nothing_is_found_of_uploads_that_were_not_accepted(ledger: Ledger) -> None:
+    name = opened(ledger)
+    judged(ledger, name, 1, "client", "MALFORMED")
+    for index in (1, 2):
+        refuses(SealError, ledger, ledger.record_finding, name, upload(index), finding(index))
+
+
+def test_nothing_new_is_found_once_a_round_has_ended(ledger: Ledger) -> None:
+    name = opened(ledger)
+    admitted(ledger, name, 1, 2)
+    ledger.record_finding(name, upload(1), finding(1))
+    ledger.close_round(name, "ABANDONED")
+    refuses(ClosedError, ledger, ledger.record_finding, name, upload(2), finding(2))
+    refuses(ClosedError, ledger, ledger.record_given, name, [upload(1)])
+    assert ledger.findings(name) == {upload(1): finding(1)}
+
+
+def test_verdicts_are_given_only_on_what_was_found_and_then_all_at_once(ledger: Ledger) -> None:
+    name = opened(ledger)
+    admitted(ledger, name, 1, 2)
+    ledger.record_finding(name, upload(1), finding(1))
+    for names in ([upload(1), upload(2)], [upload(1), upload(9)]):
+        refuses(SealError, ledger, ledger.record_given, name, names)
+    assert not current(ledger).judged
+
+
+def test_verdicts_leave_one_entry_an_upload_and_no_number(ledger: Ledger) -> None:
+    name = checked(ledger, 2)
+    ledger.record_given(name, [upload(1), upload(2)])
+    found = [entry for entry in entries(ledger) if entry.event == "norm-judged"]
+    said = [json.loads(entry.details) for entry in found]
+    assert [(each["upload_digest"], each["reason"]) for each in said] == [
+        (upload(1).hex(), ""),
+        (upload(2).hex(), "NORM_REFUSED"),
+    ]
+    keys = {"task_id", "round_number", "attempt", "upload_digest", "client", "reason"}
+    assert [set(each) for each in said] == [keys] * 2
+    assert said[0]["client"] == audit.client_hash(AUDIT_KEY, "client-1")
+    before = dump(ledger)
+    ledger.record_given(name, [upload(1), upload(2), upload(3)])  # once an attempt
+    assert dump(ledger) == before
+
+
+def test_what_was_found_is_not_logged_before_the_verdicts_are_given(ledger: Ledger) -> None:
+    checked(ledger, 2)
+    found = [entry for entry in entries(ledger) if entry.event == "sketch-judged"]
+    said = [json.loads(entry.details) for entry in found]
+    keys = {"task_id", "round_number", "attempt", "upload_digest", "client", "sketch_digest"}
+    assert [set(each) for each in said] == [keys] * 3
+    assert said[1]["sketch_digest"] == finding(2).sketch_digest.hex()
+
+
 # --- the audit log ----------------------------------------------------------------------------
 
 
@@ -537,6 +639,8 @@ def busy(ledger: Ledger) -> None:
     judged(ledger, first, 2, "", "INVALID_RECEIPT")
     ledger.count_refusal(first)
     ledger.record_audited(first, upload(1), "")
+    ledger.record_finding(first, upload(1), finding(1))
+    ledger.record_given(first, [upload(1)])
     second = opened(ledger, 2)
     ledger.record_release(second, MANIFEST, 3, SUMS)
     ledger.drop_sums("task", 9)
@@ -556,6 +660,8 @@ def test_every_change_is_in_the_chain_and_names_nobody(path: Path, ledger: Ledge
         "upload-refused",
         "release-refused",
         "upload-audited",
+        "sketch-judged",
+        "norm-judged",
         "round-closed",
         "round-opened",
         "round-released",
@@ -565,14 +671,14 @@ def test_every_change_is_in_the_chain_and_names_nobody(path: Path, ledger: Ledge
     ]
     text = "".join(entry.details for entry in found)
     assert "client-1" not in text
-    assert text.count(audit.client_hash(AUDIT_KEY, "client-1")) == 2
+    assert text.count(audit.client_hash(AUDIT_KEY, "client-1")) == 4
     assert audit.client_hash(AUDIT_KEY, "") not in text
 
 
 def test_a_change_of_the_log_is_seen(ledger: Ledger) -> None:
     busy(ledger)
-    rows(ledger, "UPDATE audit SET details = replace(details, '3', '4') WHERE sequence = 9")
-    with pytest.raises(SecaggError, match="entry 9"):
+    rows(ledger, "UPDATE audit SET details = replace(details, '3', '4') WHERE sequence = 11")
+    with pytest.raises(SecaggError, match="entry 11"):
         audit.verify(entries(ledger))
 
 
@@ -584,15 +690,24 @@ CHANGES: dict[str, Callable[[Ledger, ContextId], object]] = {
     "close": lambda ledger, name: ledger.close_round(name, "ABANDONED"),
     "close all": lambda ledger, _: ledger.close_all_open("RESTORED"),
     "audited": lambda ledger, name: ledger.record_audited(name, upload(1), ""),
+    "found": lambda ledger, name: ledger.record_finding(name, upload(1), finding(1)),
+    "given": lambda ledger, name: ledger.record_given(name, [upload(7)]),
 }
+
+
+def ready(ledger: Ledger) -> ContextId:
+    """An open round to which any of these changes can happen."""
+    name = opened(ledger)
+    admitted(ledger, name, 1, 7)
+    ledger.record_finding(name, upload(7), finding(7))
+    return name
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_without_its_entry_is_none(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    name = opened(ledger)
-    admitted(ledger, name)
+    name = ready(ledger)
 
     def fails(*_: object) -> None:
         raise sqlite3.OperationalError("disk I/O error near INSERT INTO audit")
@@ -636,8 +751,7 @@ def test_ping_really_writes(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("limit", ["query_only = ON", "max_page_count = 1"], ids=["locked", "full"])
 def test_a_ledger_that_cannot_be_written_says_so(ledger: Ledger, limit: str) -> None:
-    name = opened(ledger)
-    admitted(ledger, name)
+    name = ready(ledger)
     rows(ledger, f"PRAGMA {limit}")
     if "max" in limit:  # full: room for small changes is left in the pages there are
         big = b"x" * 10**6
@@ -705,6 +819,7 @@ def test_a_place_that_holds_no_file_is_refused(tmp_path: Path) -> None:
 
 # --- versions ---------------------------------------------------------------------------------
 
+NOW = len(database.MIGRATIONS)
 ADDED = ("ALTER TABLE rounds ADD COLUMN note TEXT NOT NULL DEFAULT 'old'", "CREATE TABLE more (a)")
 
 
@@ -723,12 +838,54 @@ def test_an_older_ledger_is_brought_forward(path: Path, monkeypatch: pytest.Monk
         assert ledger.admissions(name) == [(upload(1), "client-1", SEAL)]
         assert entries(ledger)[: len(before)] == before
         assert events(ledger)[-1] == "ledger-migrated"
-        assert details(ledger) == {"before": 1, "version": 2}
+        assert details(ledger) == {"before": NOW, "version": NOW + 1}
         assert rows(ledger, "SELECT note FROM rounds") == [("old",)]
         audit.verify(entries(ledger))
-    assert version(path) == 2
+    assert version(path) == NOW + 1
     with closing(reopened(path)) as ledger:  # once
         assert events(ledger).count("ledger-migrated") == 2
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_a_ledger_from_before_the_norm_check_keeps_what_it_knew(
+    path: Path, monkeypatch: pytest.MonkeyPatch, backup: bool
+) -> None:
+    released, begun = context(1), context(2)
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "MIGRATIONS", database.MIGRATIONS[:1])
+        with closing(Database(path)) as older, older.transaction():
+            for each, state in ((released, "RELEASED"), (begun, "OPEN")):
+                number = each.id.round_number
+                older.change(
+                    "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    *("task", number, 1, PLAN.digest, MODEL, each.id.round_key_id),
+                    *(PLAN_BYTES, each.round_key, state, number, MANIFEST, 3, SUMS, "then", None),
+                )
+                older.change(
+                    "INSERT INTO admissions VALUES ('task', ?, 1, ?, 'client-1', ?, '', ?)",
+                    *(number, upload(number), SEAL, "OFF_GRID"),
+                )
+            if backup:
+                older.change("INSERT INTO facts VALUES ('backup', 'then')")
+    assert version(path) == 1
+    if backup:
+        (path.parent / "new").mkdir()
+        restore_ledger(path, path.parent / "new")
+        path = path.parent / "new" / path.name
+    with closing(reopened(path)) as ledger:
+        row = current(ledger)
+        assert (row.id, row.refusals, row.judged) == (begun.id, 2, False)
+        assert ledger.release(released.id) == (MANIFEST, 3, SUMS)
+        assert ledger.admissions(begun.id) == [(upload(2), "client-1", SEAL)]
+        assert ledger.audited(begun.id) == {upload(2): "OFF_GRID"}
+        assert ledger.findings(begun.id) == {}
+        assert ledger.restored() is backup
+        ledger.record_finding(begun.id, upload(2), finding(2, passed=False))
+        ledger.record_given(begun.id, [upload(2)])
+        assert ledger.findings(begun.id) == {upload(2): finding(2, passed=False)}
+        assert current(ledger).judged
+        audit.verify(entries(ledger))
+    assert version(path) == NOW
 
 
 def test_a_migration_that_fails_leaves_the_older_version(
@@ -741,7 +898,7 @@ def test_a_migration_that_fails_leaves_the_older_version(
         with pytest.raises(ConfigurationError) as error:
             reopened(path)
         assert "CREATE" not in str(error.value)
-    assert version(path) == 1
+    assert version(path) == NOW
     with closing(reopened(path)) as ledger:
         assert dump(ledger) == before
 
@@ -753,7 +910,7 @@ def test_a_newer_ledger_is_refused_and_left_alone(
         patched.setattr(database, "MIGRATIONS", (*database.MIGRATIONS, ADDED))
         reopened(path).close()
     before = path.read_bytes()
-    with pytest.raises(ConfigurationError, match=r"version 2; run the newer"):
+    with pytest.raises(ConfigurationError, match=rf"version {NOW + 1}; run the newer"):
         reopened(path)
     assert path.read_bytes() == before
 
@@ -768,6 +925,8 @@ def test_a_backup_knows_everything_but_opens_nothing(tmp_path: Path, ledger: Led
     ledger.record_release(released, MANIFEST, 3, sums)
     name = opened(ledger, 2)
     judged(ledger, name, 1, "client-1", "", seal)
+    ledger.record_finding(name, upload(1), finding(1, passed=False))
+    ledger.record_given(name, [upload(1)])
     target = tmp_path / "backup.sqlite3"
     ledger.backup(target)
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == [target.name]
@@ -785,7 +944,9 @@ def test_a_backup_knows_everything_but_opens_nothing(tmp_path: Path, ledger: Led
         assert copy.release(released) == (MANIFEST, 3, None)
         assert copy.admissions(name) == []
         assert copy.verdicts(name) == {upload(1): ""}
+        assert copy.findings(name) == {upload(1): finding(1, passed=False)}
         assert copy.open_rounds() == ledger.open_rounds()
+        assert current(copy).judged
         assert entries(copy) == entries(ledger)
         # Where SQLite does not overwrite what it removes, an unused page would still hold it.
         assert rows(copy, "PRAGMA freelist_count") == [(0,)]
@@ -838,6 +999,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 from secagg.context import RoundContext
+from secagg.keyholder import Finding
 from secagg.parameters import IntegerSegment
 from secagg.planner import make_plan
 from secagg_keyholder.ledger import Ledger, Verdict
@@ -857,10 +1019,15 @@ while True:
     )
     ledger.open_round(context, b"plan", attempts_limit=1)
     said("opened", number, context.id.round_key_id.hex())
-    for index in range(3):
-        name = os.urandom(32)
+    names = [os.urandom(32) for _ in range(3)]
+    for index, name in enumerate(names):
         ledger.record_verdicts(context.id, [Verdict(name, f"client-{index}", "", bytes(1500))])
         said("admitted", number, name.hex())
+    for name in names:
+        ledger.record_finding(context.id, name, Finding(name[::-1], name[0] < 128))
+        said("found", number, name.hex())
+    ledger.record_given(context.id, names)
+    said("given", number, "-")
     if number % 3:
         sums = os.urandom(20000)
         ledger.record_release(context.id, sums[:32], 3, sums)
@@ -894,7 +1061,7 @@ def name_of(ledger: Ledger, number: int) -> ContextId:
     return OpenedRound.from_row(row).id
 
 
-@pytest.mark.parametrize("lines", [1, 7, 40, 90])
+@pytest.mark.parametrize("lines", [1, 7, 40, 150])
 def test_what_was_acknowledged_survives_a_kill(path: Path, lines: int) -> None:
     said = written(path, lines)
     assert len(said) >= lines
@@ -905,6 +1072,12 @@ def test_what_was_acknowledged_survives_a_kill(path: Path, lines: int) -> None:
                 assert name.round_key_id.hex() == value
             elif what == "admitted":
                 assert ledger.verdicts(name)[bytes.fromhex(value)] == ""
+            elif what == "found":
+                digest = bytes.fromhex(value)
+                assert ledger.findings(name)[digest] == Finding(digest[::-1], digest[0] < 128)
+            elif what == "given":
+                given = rows(ledger, "SELECT judged FROM rounds WHERE round_number = ?", number)
+                assert given == [(1,)]
             elif what == "released":
                 sums = bytes.fromhex(value)
                 assert ledger.release(name) == (sums[:32], 3, sums)
@@ -919,29 +1092,36 @@ def test_what_was_acknowledged_survives_a_kill(path: Path, lines: int) -> None:
         done = (
             len(rows(ledger, "SELECT 1 FROM rounds")),
             len(rows(ledger, "SELECT 1 FROM admissions")),
+            len(rows(ledger, "SELECT 1 FROM admissions WHERE sketch_digest IS NOT NULL")),
+            3 * len(rows(ledger, "SELECT 1 FROM rounds WHERE judged")),
         )
         logged = [entry.event for entry in found]
-        assert (logged.count("round-opened"), logged.count("upload-admitted")) == done
+        of_each = ("round-opened", "upload-admitted", "sketch-judged", "norm-judged")
+        assert tuple(logged.count(event) for event in of_each) == done
         assert len(ledger.open_rounds()) <= 1
 
 
 @pytest.mark.parametrize(
-    ("point", "acknowledged", "state", "uploads"),
+    ("point", "acknowledged", "state", "uploads", "found"),
     [
-        ("round-recorded", 0, "OPEN", 0),
-        ("upload-admitted", 1, "OPEN", 1),
-        ("release-recorded", 4, "RELEASED", 3),
-        ("round-closed", 14, "CLOSED", 3),
+        ("round-recorded", 0, "OPEN", 0, 0),
+        ("upload-admitted", 1, "OPEN", 1, 0),
+        ("sketch-judged", 4, "OPEN", 3, 1),
+        ("verdicts-given", 7, "OPEN", 3, 3),
+        ("release-recorded", 8, "RELEASED", 3, 3),
+        ("round-closed", 26, "CLOSED", 3, 3),
     ],
 )
 def test_a_kill_at_a_point_leaves_what_was_done_there(
-    path: Path, point: str, acknowledged: int, state: str, uploads: int
+    path: Path, point: str, acknowledged: int, state: str, uploads: int, found: int
 ) -> None:
     assert len(written(path, 0, point)) == acknowledged
     with closing(reopened(path)) as ledger:
         row = current(ledger)
         assert row.state == state
         assert len(ledger.verdicts(row.id)) == uploads
+        assert len(ledger.findings(row.id)) == found
+        assert row.judged == (acknowledged >= 7)
         assert (ledger.release(row.id) is not None) == (state == "RELEASED")
         audit.verify(entries(ledger))
 

@@ -45,6 +45,7 @@ from secagg_server.services import AggregationService, OperatorService
 from secagg_server.states import RoundState, TaskState
 from secagg_server.store import Store
 from secagg_server.tasks import TaskSpec
+from secagg_server.verdicts import VerdictDesk
 
 
 @dataclass
@@ -467,6 +468,7 @@ def test_a_model_version_that_was_removed_says_so_and_the_newest_is_there(
         office.blobs,
         office.rounds,
         Intake(office.store, office.blobs, office.rounds, office.roster),
+        VerdictDesk(office.store, office.roster, bytes(32)),
     )
 
     def fetch(**changes: Any) -> aggregation.GetModelResponse:  # noqa: ANN401 - fields

@@ -30,7 +30,9 @@ from secagg.audit import client_hash, read_entries, verify
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError, UnavailableError
 from secagg.parameters import Plan
+from secagg.receipts import SigningKey
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 from secagg.wire.codec import admission_to_wire
 from secagg_server import audit_log, transactions
 from secagg_server.schema import Base, UploadRow
@@ -40,6 +42,7 @@ from secagg_server.tasks import TaskSpec
 
 DIGEST = bytes(range(32))
 AUDIT_KEY = b"k" * 32
+KEY_HOLDER = SigningKey.from_bytes(bytes(32))
 KEY = ("task", 1, 1)
 CLOSES_AT = datetime(2031, 5, 17, 12, 30, 0, 250_000, UTC)
 STEPS = ("COLLECTING", "CHECKING", "SUMMING", "RELEASING")
@@ -332,6 +335,7 @@ def test_pages_of_rounds_are_in_order_and_leave_none_out(store: Store) -> None:
         lambda store: store.abort_round(UNKNOWN, "WHY"),
         lambda store: announced(store, context(9, 9), 0),
         lambda store: store.accept_upload(context(9, 9), name(0)),
+        lambda store: store.record_verdicts(UNKNOWN, [], "WHY"),
     ],
     ids=[
         "round",
@@ -344,6 +348,7 @@ def test_pages_of_rounds_are_in_order_and_leave_none_out(store: Store) -> None:
         "abort",
         "announce",
         "accept",
+        "verdicts",
     ],
 )
 def test_an_unknown_round_is_refused(store: Store, call: Callable[[Store], object]) -> None:
@@ -761,6 +766,87 @@ def test_retention_leaves_rounds_that_go_on_alone(store: Store) -> None:
     assert len(store.accepted(found)) == 1
 
 
+# --- verdicts ---------------------------------------------------------------------------------
+
+
+def verdict(found: RoundContext, index: int, *, accepted: bool = True) -> Verdict:
+    """A signed verdict on an upload of noise."""
+    receipt = cohort.noise_upload(found, index).admission.receipt
+    return Verdict.sign(KEY_HOLDER, receipt, DIGEST, accepted=accepted)
+
+
+def test_verdicts_are_kept_as_they_were_signed_and_refuse_whom_they_refuse(store: Store) -> None:
+    found = collecting(store)
+    for index in range(4):
+        accepted(store, found, index)
+    announced(store, found, 4)
+    advance_to(store, KEY, "CHECKING")
+    assert not store.norms_judged(KEY)
+    signed = [verdict(found, index, accepted=index != 2) for index in range(3)]
+    store.record_verdicts(KEY, signed, "NORM_REFUSED: too much")
+    assert store.norms_judged(KEY)
+    for index in range(3):
+        assert store.verdict(found.id, name(index)) == (RoundState.CHECKING, signed[index])
+    assert store.verdict(found.id, name(3)) == (RoundState.CHECKING, None)
+    assert store.verdict(found.id, name(5)) is None
+    assert store.counts(KEY) == UploadCounts(3, 1)
+    refused = store.upload(found.id, name(2))
+    assert refused is not None
+    assert refused[1] is UploadState.REJECTED
+    *_, (rejected, why), (judged, counts) = log(store)
+    assert (rejected, why["reason"]) == ("upload-rejected", "NORM_REFUSED")
+    assert (judged, counts) == ("norms-judged", {**ATTEMPT, "accepted": 2, "refused": 1})
+
+
+def test_verdicts_of_one_attempt_say_nothing_of_another(store: Store) -> None:
+    found = collecting(store)
+    accepted(store, found, 0)
+    store.record_verdicts(KEY, [verdict(found, 0)], "WHY")
+    store.create_round("task", 1)
+    assert not store.norms_judged(("task", 1, 2))
+
+
+def test_verdicts_are_kept_all_together_or_not_at_all(store: Store) -> None:
+    found = collecting(store)
+    accepted(store, found, 0)
+    before = rows(store)
+    with pytest.raises(KeyError):
+        store.record_verdicts(KEY, [verdict(found, 0), verdict(found, 1)], "WHY")
+    assert rows(store) == before
+
+
+def test_retention_forgets_verdicts_with_their_receipts(store: Store) -> None:
+    found = collecting(store)
+    for index in range(2):
+        accepted(store, found, index)
+    store.record_verdicts(KEY, [verdict(found, index) for index in range(2)], "WHY")
+    store.abort_round(KEY, "WHY")
+    assert store.drop_admissions(datetime.now(UTC) + timedelta(days=1)) == 2
+    assert store.verdict(found.id, name(0)) == (RoundState.ABORTED, None)
+    assert not store.norms_judged(KEY)
+
+
+def test_the_version_that_an_attempt_started_from_is_that_of_the_last_release_before_it(
+    store: Store,
+) -> None:
+    """Attempts that came to nothing and void rounds move no model."""
+    collecting(store)
+    store.abort_round(KEY, "WHY")
+    store.create_round("task", 1)
+    again = ("task", 1, 2)
+    to_releasing(store, again)
+    finish(store, again)
+    store.create_round("task", 2)
+    store.void_round(("task", 2, 1), "WHY")
+    store.create_round("task", 3)
+    opened(store, ("task", 3, 1))
+    started = {
+        (number, attempt): store.started_from(context(number, attempt).id)
+        for number, attempt in ((1, 1), (1, 2), (2, 1), (3, 1))
+    }
+    assert started == {(1, 1): 0, (1, 2): 0, (2, 1): 1, (3, 1): 1}
+
+
 # --- the log ----------------------------------------------------------------------------------
 
 
@@ -871,6 +957,12 @@ CHANGES = {
         lambda store, found: store.reject_upload(found, bytes.fromhex(upload_digest(0)), SECRET),
         "upload-rejected",
         {**ATTEMPT, **named(0), "reason": "CODE"},
+    ),
+    "record_verdicts": Change(
+        "CHECKING",
+        lambda store, found: store.record_verdicts(KEY, [verdict(found, 0)], SECRET),
+        "norms-judged",
+        {**ATTEMPT, "accepted": 1, "refused": 0},
     ),
     "drop_admissions": Change(
         "DONE",

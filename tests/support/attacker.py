@@ -15,7 +15,7 @@ from secagg.context import RoundContext
 from secagg.enrolment import Enrolment, Member
 from secagg.packing import pack, unpack
 from secagg.parameters import Plan
-from secagg.receipts import Receipt, SigningKey
+from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 from secagg.residues import ResidueSum, narrow, widen
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
@@ -74,6 +74,7 @@ def upload_under(
     identity: SigningKey,
     seed: bytes,
     noise: Integers | None = None,
+    commitment: bytes = NO_COMMITMENT,
 ) -> Upload:
     """A validly signed upload under a seed, and with a noise, of the attacker's own choosing."""
     plan = context.plan
@@ -85,7 +86,8 @@ def upload_under(
     name = hashlib.sha256(payload).digest()
     info = seal_info(context.id.digest, identity.public, name)
     sealed = seal(seed, context.round_key, info)
-    return Upload(Admission(Receipt.sign(identity, context.id, name, sealed), sealed), payload)
+    receipt = Receipt.sign(identity, context.id, name, sealed, commitment)
+    return Upload(Admission(receipt, sealed), payload)
 
 
 def name_of(upload: Upload) -> bytes:

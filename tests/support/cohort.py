@@ -16,10 +16,18 @@ from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
 from secagg.enrolment import Enrolment, Member, Roster
 from secagg.keyholder import KeyHolder
-from secagg.parameters import BLOCK_BYTES, MODULUS, FloatSegment, IntegerSegment, Plan, TensorSpec
+from secagg.parameters import (
+    BLOCK_BYTES,
+    MODULUS,
+    FloatSegment,
+    IntegerSegment,
+    NormCheck,
+    Plan,
+    TensorSpec,
+)
 from secagg.planner import make_plan
 from secagg.quantize import Quantized, quantize
-from secagg.receipts import Receipt, SigningKey
+from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 from secagg.residues import narrow
 from secagg.sampling import Stream, uniform_polynomials
 from secagg.sealing import SEALED_SEED_BYTES
@@ -55,13 +63,17 @@ ABOVE_MODULUS = MODULUS.to_bytes(7, "little")
 """One residue that is exactly q, in its wire form."""
 
 
-def mixed_plan(*, min_clients: int = 3, max_clients: int = 6) -> Plan:
+def mixed_plan(
+    *, min_clients: int = 3, max_clients: int = 6, norm_check: NormCheck | None = None
+) -> Plan:
     """A weighted model update and a vector of counts: 2 polynomials, 1 chunk."""
     segments = [
         FloatSegment("update", TENSORS, 2.0, 10, "samples", 100),
         IntegerSegment("counts", COUNTS, 1 << 20),
     ]
-    return make_plan(segments, min_clients=min_clients, max_clients=max_clients)
+    return make_plan(
+        segments, min_clients=min_clients, max_clients=max_clients, norm_check=norm_check
+    )
 
 
 def counts_plan(*, min_clients: int = 3, max_clients: int = 6) -> Plan:
@@ -124,9 +136,9 @@ def quantized(context: RoundContext, index: int) -> list[Quantized]:
     )
 
 
-def encrypted(context: RoundContext, index: int) -> Upload:
+def encrypted(context: RoundContext, index: int, commitment: bytes = NO_COMMITMENT) -> Upload:
     """Client i's upload; encrypting twice gives two different ones."""
-    return encrypt_quantized(context, quantized(context, index), identity(index))
+    return encrypt_quantized(context, quantized(context, index), identity(index), commitment)
 
 
 def clear_sums(context: RoundContext, indexes: Iterable[int]) -> list[NDArray[np.int64]]:

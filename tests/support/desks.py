@@ -9,6 +9,7 @@ from pathlib import Path
 import cohort
 from clocks import EPOCH, ManualClock
 
+from secagg.challenger import Challenger
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment
@@ -38,6 +39,7 @@ class Desk:
     root: Path
     roster: cohort.ChangingRoster
     caller: str | None = None
+    secret: bytes = bytes(32)
 
     def announce(self, upload: Upload) -> tuple[UploadState, list[int]]:
         return self.intake.open(upload.admission, self.caller)
@@ -68,7 +70,9 @@ class Desk:
         self.store.open_round(
             round_key(context), round_key=context.round_key, closes_at=closes_at, **signed
         )
-        self.rounds.open(OpenRound(spec, context, ENDORSED, 0, 60.0))
+        checked = context.plan.norm_check is not None
+        challenger = Challenger(context, self.secret) if checked else None
+        self.rounds.open(OpenRound(spec, context, ENDORSED, 0, 60.0, challenger=challenger))
 
     def close_round(self) -> None:
         self.rounds.close("task")
@@ -81,7 +85,8 @@ class Desk:
         return sorted(path for path in self.root.rglob("*") if path.is_file())
 
 
-def desk_for(plan: Plan, folder: Path) -> Desk:
+def desk_for(plan: Plan, folder: Path, secret: bytes = bytes(32)) -> Desk:
+    """A desk with an open round, whose challenges follow from the secret."""
     store = Store(f"sqlite:///{folder}/store.sqlite3")
     blobs, rounds = BlobStore(folder / "blobs"), OpenRounds(ManualClock())
     spec = TaskSpec("task", plan, 3, 60_000, 2, plan.max_clients)
@@ -90,6 +95,6 @@ def desk_for(plan: Plan, folder: Path) -> Desk:
     store.create_round("task", 1)
     roster = cohort.ChangingRoster(OpenEnrolment())
     intake = Intake(store, blobs, rounds, roster)
-    desk = Desk(store, blobs, rounds, intake, context, folder / "blobs", roster)
+    desk = Desk(store, blobs, rounds, intake, context, folder / "blobs", roster, secret=secret)
     desk.open_round(spec, context)
     return desk

@@ -44,6 +44,7 @@ from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService, OperatorService
 from secagg_server.store import Store
 from secagg_server.tasks import TaskSpec
+from secagg_server.verdicts import VerdictDesk
 
 __all__ = [
     "AGGREGATION",
@@ -69,6 +70,7 @@ __all__ = [
 CLIENTS = ("alice", "bob", "carol", "dave")
 PASSPHRASE = "of the tests"  # noqa: S105
 HOSTS = ("127.0.0.1", "localhost")
+SECRET = b"a secret that outlives a server."
 
 AGGREGATION = "secagg.wire.v1.AggregationService"
 OPERATING = "secagg.wire.v1.OperatorService"
@@ -280,10 +282,11 @@ def site(
         )
         client = thread.run(dial(held_at))
         stack.callback(lambda: thread.run(client.close()))
-        coordinator = Coordinator(store, blobs, rounds, client, clock, roster)
+        coordinator = Coordinator(store, blobs, rounds, client, clock, roster, secret=SECRET)
         stack.callback(store.close)
         stack.callback(lambda: thread.run(coordinator.stop()))
-        faces = service(store, blobs, rounds, Intake(store, blobs, rounds, roster))
+        intake, verdicts = Intake(store, blobs, rounds, roster), VerdictDesk(store, roster, SECRET)
+        faces = service(store, blobs, rounds, intake, verdicts)
         operating = OperatorService(store, blobs, coordinator, roster)
 
         def add_public(target: grpc.aio.Server) -> None:

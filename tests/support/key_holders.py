@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment, Roster
 from secagg.parameters import Plan
 from secagg.receipts import SigningKey
+from secagg.sketches import Sketch
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 from secagg.wire.codec import sums_from_bytes
 from secagg_keyholder.ledger import Ledger
 from secagg_keyholder.rounds import Policy, Rounds
@@ -59,6 +61,8 @@ class LocalKeyHolder:
         closed: contexts that were closed.
         contexts: contexts that were opened.
         manifests: upload digests of every sum that was to be opened.
+        sketches: every sketch that was judged, repeated ones too.
+        change: what it makes of its verdicts before it gives them, where it lies.
         rounds: what it does without a server between; another one after each restart.
     """
 
@@ -68,6 +72,8 @@ class LocalKeyHolder:
         self.contexts: list[RoundContext] = []
         self.closed: list[RoundContext] = []
         self.manifests: list[list[bytes]] = []
+        self.sketches: list[Sketch] = []
+        self.change: Callable[[list[Verdict]], list[Verdict]] = lambda given: given
         self._before: dict[str, list[BaseException]] = defaultdict(list)
         self._after: dict[str, list[BaseException]] = defaultdict(list)
         self.lose()
@@ -117,6 +123,17 @@ class LocalKeyHolder:
             reasons = self.rounds.judge(context.id, admissions)
         names = [admission.receipt.upload_digest for admission in admissions]
         return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
+
+    async def submit_sketch(self, context: RoundContext, sketch: Sketch) -> None:
+        """See `KeyHolderStub`."""
+        with self._call("submit_sketch"):
+            self.rounds.submit_sketch(context.id, sketch)
+            self.sketches.append(sketch)
+
+    async def verdicts(self, context: RoundContext) -> list[Verdict]:
+        """See `KeyHolderStub`."""
+        with self._call("verdicts"):
+            return self.change(self.rounds.verdicts(context.id))
 
     async def release(
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]

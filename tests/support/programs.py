@@ -19,6 +19,7 @@ import numpy as np
 from secagg import audit
 from secagg.context import RoundContext
 from secagg.errors import ClosedError
+from secagg.parameters import NormCheck
 from secagg.quantize import flatten
 from secagg.release import Release
 from secagg.rpc.retry import RetryPolicy
@@ -52,8 +53,8 @@ _POLL_S = 0.02
 
 
 def task(rounds: int, *, deadline_ms: int = DEADLINE_MS, max_attempts: int = 5) -> TaskSpec:
-    """Rounds close as soon as all clients have contributed."""
-    plan = cohort.mixed_plan()
+    """Rounds close as soon as all clients have contributed; uploads are checked for their norm."""
+    plan = cohort.mixed_plan(norm_check=NormCheck())
     return TaskSpec(TASK_ID, plan, rounds, deadline_ms, max_attempts, len(CLIENTS))
 
 

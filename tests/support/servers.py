@@ -22,6 +22,7 @@ from secagg.context import RoundContext
 from secagg.enrolment import OpenEnrolment, Roster
 from secagg.errors import UnavailableError
 from secagg.parameters import Plan
+from secagg.receipts import NO_COMMITMENT
 from secagg.upload import Upload
 from secagg.wire.codec import model_digest, model_to_bytes, sums_from_bytes
 from secagg_server.blobs import BlobStore
@@ -31,6 +32,7 @@ from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.states import TaskState
 from secagg_server.store import RoundRow, Store, round_key
 from secagg_server.tasks import TaskSpec
+from secagg_server.verdicts import VerdictDesk
 
 __all__ = [
     "DEADLINE_S",
@@ -72,6 +74,7 @@ class Server:
         self.roster = roster or OpenEnrolment()
         self.key_holder = key_holder or LocalKeyHolder(self.roster)
         self.intake = Intake(self.store, self.blobs, self.rounds, self.roster)
+        self.verdicts = VerdictDesk(self.store, self.roster, SECRET)
         self.coordinator = Coordinator(
             *(self.store, self.blobs, self.rounds, self.key_holder, self.clock, self.roster),
             secret=SECRET,
@@ -114,7 +117,14 @@ class Server:
     def send_all(self, context: RoundContext, indexes: Iterable[int]) -> None:
         """The honest uploads of these clients."""
         for index in indexes:
-            self.send(context, cohort.encrypted(context, index))
+            self.send(context, cohort.encrypted(context, index, self.commitment(index)))
+
+    def commitment(self, index: int) -> bytes:
+        """What client i's receipt holds of its challenge in the open round."""
+        current = self.rounds._open.get("task")
+        if current is None or current.challenger is None:
+            return NO_COMMITMENT
+        return current.challenger.commitment(cohort.identity(index).public)
 
     async def ended(self, number: int = 1, attempt: int = 1) -> RoundRow:
         """The attempt's record, once it has ended."""

@@ -29,6 +29,7 @@ from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService
 from secagg_server.store import Store
 from secagg_server.tasks import TaskSpec
+from secagg_server.verdicts import VerdictDesk
 
 __all__ = [
     "METHODS",
@@ -46,6 +47,9 @@ __all__ = [
 
 Abort = grpc.aio.ServicerContext[Any, Any]
 METHODS = ("GetRound", "GetModel", "OpenUpload", "PutChunk", "CommitUpload")
+"""What every contribution needs; a verdict is asked for where the plan has a norm check."""
+
+SECRET = b"a secret that outlives a server."
 
 
 class Gate(AggregationService):
@@ -72,7 +76,7 @@ def _guarded(method: str) -> Callable[..., Any]:
     return guarded
 
 
-for _method in METHODS:
+for _method in (*METHODS, "GetVerdict"):
     setattr(Gate, _method, _guarded(_method))
 
 
@@ -119,8 +123,9 @@ def site_at(folder: Path) -> Iterator[Site]:
     store = Store(f"sqlite:///{folder}/store.sqlite3")
     blobs, clock = BlobStore(folder / "blobs"), SystemClock()
     rounds, key_holder, roster = OpenRounds(clock), LocalKeyHolder(), OpenEnrolment()
-    coordinator = Coordinator(store, blobs, rounds, key_holder, clock, roster)
-    gate = Gate(store, blobs, rounds, Intake(store, blobs, rounds, roster))
+    coordinator = Coordinator(store, blobs, rounds, key_holder, clock, roster, secret=SECRET)
+    intake = Intake(store, blobs, rounds, roster)
+    gate = Gate(store, blobs, rounds, intake, VerdictDesk(store, roster, SECRET))
 
     def add(server: grpc.aio.Server) -> None:
         aggregation_service_pb2_grpc.add_AggregationServiceServicer_to_server(gate, server)

@@ -44,7 +44,7 @@ class _Display(Observer):
         arrived = open_now[-1].uploads if open_now else 0
         megabytes = sum(row.upload_bytes for row in answer.rounds) / 1e6
         detail = (
-            f"{arrived}/{self._settings.silos} uploads in this round, {megabytes:.1f} MB in all"
+            f"{arrived}/{self._settings.clients} uploads in this round, {megabytes:.1f} MB in all"
         )
         self._show(
             LABELS["federated_encrypted"], answer.task.rounds_done, answer.task.spec.rounds, detail
@@ -75,12 +75,15 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/latest"),
     silos: Annotated[int, typer.Option(help="client processes")] = _DEFAULTS.silos,
+    poisoners: Annotated[
+        int, typer.Option(help="further clients that multiply their updates by -10")
+    ] = _DEFAULTS.poisoners,
     rounds: Annotated[int, typer.Option(help="rounds of training")] = _DEFAULTS.rounds,
     bits: Annotated[int, typer.Option(help="bits of a quantised value")] = _DEFAULTS.bits,
     seed: Annotated[int, typer.Option(help="of everything that protects nothing")] = _DEFAULTS.seed,
 ) -> None:
     """Encrypted federated training on real data, beside everything it competes with."""
-    settings = DemoSettings(silos=silos, rounds=rounds, bits=bits, seed=seed)
+    settings = DemoSettings(silos=silos, poisoners=poisoners, rounds=rounds, bits=bits, seed=seed)
     source = find_data(data_dir, Path("runs/data"))
     out.print(f"[bold]{source.note}[/]", highlight=False, soft_wrap=True)
     display = _Display(settings)
@@ -108,6 +111,13 @@ def _print_results(results: dict[str, Any]) -> None:
         f"{seconds['decrypt'] / results['rounds'] * 1000:.1f} ms.",
         highlight=False,
     )
+    if results["poisoners"]:
+        out.print(
+            f"The norm check refused {results['poison_refused']} of "
+            f"{results['poisoners'] * results['rounds']} updates that were multiplied by -10, "
+            "without reading them.",
+            highlight=False,
+        )
     if results["bit_identical"]:
         out.print(
             f"[green]All {results['rounds']} decrypted sums equal the sums in the clear, bit "

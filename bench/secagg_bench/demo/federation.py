@@ -83,7 +83,7 @@ def run_encrypted(
     Raises:
         UnavailableError: a program did not start.
     """
-    with running_services(folder, settings.silos) as services, contextlib.ExitStack() as stack:
+    with running_services(folder, settings.clients) as services, contextlib.ExitStack() as stack:
         operator = services.operator()
         stack.callback(operator.close)
         started = time.monotonic()
@@ -91,6 +91,10 @@ def run_encrypted(
         clients = [
             _start_client(settings, source, services, folder, silo, client_module)
             for silo in range(settings.silos)
+        ]
+        clients += [
+            _start_poisoner(settings, source, services, folder, number)
+            for number in range(settings.silos, settings.clients)
         ]
         for client in clients:
             stack.callback(client.stop)
@@ -120,7 +124,7 @@ def _create_task(operator: Operator, settings: DemoSettings, n_items: int) -> No
         settings.rounds,
         round(settings.round_deadline_s * 1000),
         settings.max_attempts,
-        settings.silos,
+        settings.clients,
     )
     if spec.model is None:
         raise TypeError("the demo's plan has one segment of floats")
@@ -140,15 +144,30 @@ def _start_client(
     silo: int,
     module: str,
 ) -> Program:
-    arguments = ["join", "--server", services.server, "--task", TASK_ID]
-    arguments += ["--kit", str(services.client_kit(silo))]
-    arguments += ["--dataset", source.dataset, "--silo", str(silo), "--silos", str(settings.silos)]
-    arguments += ["--state-dir", str(_client_folder(folder, silo)), "--seed", str(settings.seed)]
-    arguments += ["--dimensions", str(settings.dimensions)]
-    arguments += ["--repeatable-seed", str(settings.seed)]
+    arguments = ["join", "--silo", str(silo), "--repeatable-seed", str(settings.seed)]
+    arguments += _arguments(settings, source, services, folder, silo)
+    return Program(module, arguments, folder / f"client-{silo}.log")
+
+
+def _start_poisoner(
+    settings: DemoSettings, source: Source, services: Services, folder: Path, number: int
+) -> Program:
+    arguments = _arguments(settings, source, services, folder, number)
+    return Program("secagg_bench.demo.poisoner", arguments, folder / f"client-{number}.log")
+
+
+def _arguments(
+    settings: DemoSettings, source: Source, services: Services, folder: Path, number: int
+) -> list[str]:
+    """What every client is told."""
+    arguments = ["--server", services.server, "--task", TASK_ID]
+    arguments += ["--kit", str(services.client_kit(number))]
+    arguments += ["--state-dir", str(_client_folder(folder, number))]
+    arguments += ["--dataset", source.dataset, "--silos", str(settings.silos)]
+    arguments += ["--seed", str(settings.seed), "--dimensions", str(settings.dimensions)]
     if source.data_dir is not None:
         arguments += ["--data-dir", str(source.data_dir)]
-    return Program(module, arguments, folder / f"client-{silo}.log")
+    return arguments
 
 
 def _watch(

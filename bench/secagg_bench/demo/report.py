@@ -100,6 +100,20 @@ def _summary(results: dict[str, Any]) -> str:
         f"{results['rounds']} rounds, {results['parameters']:,} shared parameters, "
         f"{results['wall_seconds']:.0f} s.</p>"
         f"<p class='verdict{'' if same else ' bad'}'>{verdict}</p>"
+        f"<p>{_poison(results)}</p>"
+    )
+
+
+def _poison(results: dict[str, Any]) -> str:
+    """What became of the clients that multiplied their updates by minus ten."""
+    sent = results["poisoners"] * results["rounds"]
+    if not sent:
+        return "No client sent poison in this run."
+    return (
+        f"{results['poisoners']} further client sent its update times &minus;10 in every round, "
+        "encrypted and signed like all others. The encrypted norm check refused "
+        f"<b>{results['poison_refused']} of {sent}</b> of them, unread; the sums in the clear are "
+        "without it."
     )
 
 
@@ -159,9 +173,9 @@ def _cost_table(results: dict[str, Any]) -> str:
 
 
 def _rounds_table(results: dict[str, Any]) -> str:
-    head = _head("round", "clients", "SHA-256 of the decrypted sum", "in the clear")
+    head = _head("round", "clients", "refused", "SHA-256 of the decrypted sum", "in the clear")
     rows = "".join(
-        f"<tr><td>{row['round']}</td><td>{row['contributors']}</td>"
+        f"<tr><td>{row['round']}</td><td>{row['contributors']}</td><td>{row['refused']}</td>"
         f"<td><code>{(row['sha256_decrypted'] or 'none')[:24]}</code></td>"
         f"<td>{'equal' if row['equal'] else 'DIFFERENT'}</td></tr>"
         for row in results["rounds_detail"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from secagg.parameters import FloatSegment, Plan, TensorSpec
+from secagg.parameters import FloatSegment, NormCheck, Plan, TensorSpec
 from secagg.planner import make_plan
 from secagg_bench.baselines import RunConfig
 from secagg_client.data import DataError, fetch_movielens
@@ -32,6 +32,8 @@ class DemoSettings:
 
     Attributes:
         silos: client processes, each with its share of the users.
+        poisoners: further client processes that send poison (see `demo.poisoner`); what they send
+            must not be in any sum.
         rounds: rounds of training.
         dimensions: length of user and item vectors.
         bits: of a quantised value.
@@ -43,6 +45,7 @@ class DemoSettings:
     """
 
     silos: int = 8
+    poisoners: int = 1
     rounds: int = 25
     dimensions: int = 16
     bits: int = 8
@@ -63,7 +66,12 @@ class DemoSettings:
             TensorSpec(ITEM_BIAS, (n_items,)),
         )
         update = FloatSegment("update", tensors, self.clip, self.bits, "samples", self.weight_cap)
-        return make_plan([update], max_clients=self.silos)
+        return make_plan([update], max_clients=self.clients, norm_check=NormCheck())
+
+    @property
+    def clients(self) -> int:
+        """All client processes, the poisoners last."""
+        return self.silos + self.poisoners
 
     def run_config(self) -> RunConfig:
         """The same run for the baselines."""

@@ -1,0 +1,193 @@
+"""The norm check as the server runs it: sketches go out to the key holder, signed verdicts come in.
+
+Between the judgement of receipts and seals and the manifest. Whatever is summed has been judged: a
+key holder that is away delays an attempt or ends it, and nobody is let through unseen. Sketches
+are the same whenever they are computed, so that after a restart all of it is simply done again;
+once the verdicts are recorded, they stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import structlog
+
+from secagg.challenger import Challenger
+from secagg.context import RoundContext
+from secagg.direction import Direction
+from secagg.errors import MalformedError, NormError
+from secagg.failpoints import failpoint
+from secagg.parameters import Plan
+from secagg.receipts import Receipt
+from secagg.residues import widen
+from secagg.sketches import Sketch
+from secagg.upload import Admission
+from secagg.verdicts import Verdict
+from secagg.wire.codec import model_from_bytes
+from secagg_server.blobs import BlobStore
+from secagg_server.key_holder import KeyHolderStub, patiently
+from secagg_server.store import RoundRow, Store
+from secagg_server.tasks import TaskSpec
+
+__all__ = ["NormJudge", "compares"]
+
+_REFUSED = (
+    f"{NormError.reason}: the encrypted check found an update beyond what the plan allows; it is "
+    "left out of the sum"
+)
+_LOG = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+def compares(plan: Plan, model_version: int) -> bool:
+    """Whether uploads that start from a model version are compared with the step before it."""
+    check = plan.norm_check
+    return check is not None and check.min_cosine is not None and model_version > 0
+
+
+class NormJudge:
+    """Has the uploads of an attempt judged by what the key holder can see of their norm.
+
+    Args:
+        compute: runs calculations that hold the interpreter's lock, such as in another process;
+            called from threads.
+        secret: 32 bytes that outlive the process; all challenges follow from it.
+        at_once: uploads that are sketched at the same time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        blobs: BlobStore,
+        key_holder: KeyHolderStub,
+        compute: Callable[..., Any],
+        secret: bytes,
+        at_once: int,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._key_holder = key_holder
+        self._compute = compute
+        self._secret = secret
+        self._at_once = at_once
+
+    def challenger(self, spec: TaskSpec, context: RoundContext) -> Challenger | None:
+        """What the uploads of an open attempt will be asked; None without a norm check."""
+        if context.plan.norm_check is None:
+            return None
+        return Challenger(context, self._secret, self._direction(spec, context))
+
+    def _direction(self, spec: TaskSpec, context: RoundContext) -> Direction | None:
+        version = self._store.task(spec.task_id).model_version
+        if spec.model is None or not compares(context.plan, version):
+            return None
+        new, old = (
+            model_from_bytes(self._blobs.model(spec.task_id, each), spec.model.parameters)
+            for each in (version, version - 1)
+        )
+        return Direction.of(spec.model, new - old, context.rotation)
+
+    async def accepted(
+        self, spec: TaskSpec, row: RoundRow, context: RoundContext, admissions: Sequence[Admission]
+    ) -> list[Admission]:
+        """Those of an attempt's uploads that pass; the others are refused, for good.
+
+        Args:
+            admissions: every upload that the key holder has admitted.
+
+        Raises:
+            UnavailableError: the key holder cannot be reached, or the calculation not be done.
+            MalformedError, UntrustedKeyError: its verdicts are not on these very sketches, or not
+                its own; none is recorded.
+            SecaggError: what else it answered.
+        """
+        if await asyncio.to_thread(self._store.norms_judged, row.key):
+            return list(admissions)  # before a restart; the refused ones are not among them
+        challenger = await asyncio.to_thread(self.challenger, spec, context)
+        if challenger is None:
+            return list(admissions)
+        asked: dict[Receipt, bytes] = {}
+        seconds = 0.0
+
+        async def ask(admission: Admission) -> None:
+            nonlocal seconds
+            receipt = admission.receipt
+            sketch, took = await asyncio.to_thread(self._sketch, challenger, context.plan, receipt)
+            seconds += took
+            await patiently(lambda: self._key_holder.submit_sketch(context, sketch))
+            asked[receipt] = sketch.digest
+            failpoint("sketch-submitted")
+
+        await _few_at_a_time(ask, admissions, self._at_once)
+        verdicts = await patiently(lambda: self._key_holder.verdicts(context))
+        await asyncio.to_thread(_require_answers, context, row.round_key_identity, asked, verdicts)
+        await asyncio.to_thread(self._store.record_verdicts, row.key, verdicts, _REFUSED)
+        failpoint("verdicts-recorded")
+        passed = {verdict.receipt for verdict in verdicts if verdict.accepted}
+        _LOG.info(
+            "norms_judged",
+            round=row.round_number,
+            attempt=row.attempt,
+            accepted=len(passed),
+            refused=len(verdicts) - len(passed),
+            sketch_s=round(seconds, 3),
+        )
+        return [admission for admission in admissions if admission.receipt in passed]
+
+    def _sketch(self, challenger: Challenger, plan: Plan, receipt: Receipt) -> tuple[Sketch, float]:
+        """A sketch, and the seconds that it took."""
+        started = time.perf_counter()
+        sketch: Sketch = self._compute(_sketched, challenger, self._blobs, plan, receipt)
+        return sketch, time.perf_counter() - started
+
+
+def _sketched(challenger: Challenger, blobs: BlobStore, plan: Plan, receipt: Receipt) -> Sketch:
+    """Of an upload on the disk, of which one chunk at a time is in memory."""
+    context, name = receipt.context, receipt.upload_digest
+    chunks = (
+        widen(blobs.chunk(context, name, index), plan.chunk_blocks(index))
+        for index in range(plan.chunks)
+    )
+    return challenger.sketch_validated(receipt, chunks)
+
+
+def _require_answers(
+    context: RoundContext, identity: bytes, asked: Mapping[Receipt, bytes], verdicts: list[Verdict]
+) -> None:
+    """Refuse verdicts unless they are on exactly what was asked, by whoever endorsed the round."""
+    if sorted(v.receipt.upload_digest for v in verdicts) != sorted(
+        receipt.upload_digest for receipt in asked
+    ):
+        raise MalformedError(
+            "expected one verdict on each upload of the round; the key holder gave others; look at "
+            "the key holder"
+        )
+    for verdict in verdicts:
+        if asked.get(verdict.receipt) != verdict.sketch_digest:
+            raise MalformedError(
+                "expected verdicts on the sketches that were sent; one is on another; look at the "
+                "key holder"
+            )
+        verdict.verify(context.id, [identity])
+
+
+async def _few_at_a_time(
+    work: Callable[[_T], Awaitable[None]], items: Iterable[_T], at_once: int
+) -> None:
+    """Do some work on each item; the first error ends all of it."""
+    waiting = iter(items)
+
+    async def lane() -> None:
+        for item in waiting:
+            await work(item)
+
+    lanes = [asyncio.create_task(lane()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*lanes)
+    finally:
+        for each in lanes:
+            each.cancel()
+        await asyncio.wait(lanes)
