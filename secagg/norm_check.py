@@ -15,7 +15,7 @@ from secagg.packing import balanced_digits
 from secagg.parameters import MODULUS, RING_DEGREE, Layout, NormCheck, Plan
 from secagg.residues import halves, joined
 from secagg.ring import centre
-from secagg.sketch_shape import DirectionShape, direction_shape, noise_energy
+from secagg.sketch_shape import DirectionShape, direction_shape, noise_energy, norm_shapes
 from secagg.sketches import Rows, Sketch
 
 __all__ = ["passes"]
@@ -35,15 +35,17 @@ def passes(plan: Plan, key: NDArray[np.int64], sketch: Sketch) -> bool:
     check = plan.norm_check
     if check is None:
         raise ValueError("expected a plan with a norm check")
-    energies = [
-        _energy(layout, rows, key) for layout, rows in zip(plan.layouts, sketch.norms, strict=True)
+    energies = {
+        shape.segment: _energy(plan.layouts[shape.segment], rows, key)
+        for shape, rows in zip(norm_shapes(plan), sketch.norms, strict=True)
+    }
+    # All of them, always: how long it takes must not tell which one it was.
+    findings = [
+        energy <= (1 + check.margin) ** 2 * plan.layouts[segment].norm ** 2
+        for segment, energy in energies.items()
     ]
-    # One after the other would tell by its duration which segment it was.
-    within = [
-        energy <= (1 + check.margin) ** 2 * layout.norm**2
-        for layout, energy in zip(plan.layouts, energies, strict=True)
-    ]
-    return all(within) and _agrees(plan, check, key, sketch, energies)
+    findings.append(_agrees(plan, check, key, sketch, energies))
+    return all(findings)
 
 
 def _energy(layout: Layout, rows: Rows, key: NDArray[np.int64]) -> float:
@@ -62,7 +64,7 @@ def _agrees(
     check: NormCheck,
     key: NDArray[np.int64],
     sketch: Sketch,
-    energies: list[float],
+    energies: dict[int, float],
 ) -> bool:
     """Whether an update's direction is not too far from the known one, if that is asked."""
     shape, rows = direction_shape(plan), sketch.direction

@@ -252,8 +252,10 @@ class IntegerSegment:
         name: the segment's name, unique in its plan.
         size: how many integers.
         max_abs: V, the largest magnitude one client may contribute to one entry.
-        max_norm: L2 norm of one client's integers, 1 or more; V * sqrt(size), which says nothing
-            more, when omitted. A vote for one of many items, say, has a norm of 1.
+        max_norm: L2 norm of one client's integers, from 1 to V * sqrt(size), to which a norm check
+            holds the segment; a vote for one of many items, say, has a norm of 1. Omitted, the
+            segment is not checked: a sketch of few integers would tell the key holder how large
+            they are.
     """
 
     name: str
@@ -281,8 +283,8 @@ class IntegerSegment:
 
     @property
     def norm_bound(self) -> float:
-        """L2 norm of an honest client's integers."""
-        return self._largest_norm if self.max_norm is None else self.max_norm
+        """L2 norm of an honest client's integers; 0 where it is not checked."""
+        return self.max_norm or 0.0
 
     @property
     def values(self) -> int:
@@ -309,7 +311,8 @@ class Layout:
         digits: integers in one coefficient.
         shift: s, log2 of the grid.
         guard: G, the largest noise of a sum, up to the plan's failure probability; 2**s > 2G.
-        norm: T, the L2 norm that one honest client's integers do not exceed; 0 without a check.
+        norm: T, the L2 norm that one honest client's integers do not exceed; 0 where it is not
+            checked.
         tolerance: what clients that the norm check lets through may add to a summed integer beyond
             an honest client's share; 0 without a check.
     """

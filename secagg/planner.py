@@ -45,7 +45,7 @@ from secagg.parameters import (
     check_ring,
 )
 from secagg.sampling import CBD_BITS, ERROR_STD
-from secagg.sketch_shape import SKETCH_SIGMAS, quietest_shift
+from secagg.sketch_shape import SKETCH_SIGMAS, SMALLEST_DIRECTION, quietest_shift
 
 __all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
 
@@ -83,7 +83,8 @@ def make_plan(
     _check_cohort(min_clients, max_clients)
     _check_segments(segments)
     _check_weights(segments, min_clients, max_clients)
-    _check_direction(segments, norm_check)
+    if norm_check is not None:
+        _check_checkable(segments, norm_check)
     guard = _guard(max_clients, sum(segment.values for segment in segments))
     if norm_check is not None:
         guard += _AUDITED_NOISE * norm_check.tolerated
@@ -192,8 +193,14 @@ def _guard(clients: int, values: int) -> int:
     return min(math.ceil(c * ERROR_STD * math.sqrt(clients)), CBD_BITS * clients)
 
 
-def _check_direction(segments: Sequence[Segment], check: NormCheck | None) -> None:
-    if check is None or check.min_cosine is None:
+def _check_checkable(segments: Sequence[Segment], check: NormCheck) -> None:
+    """Refuse checks with nothing to look at, or that would show too much."""
+    if not any(segment.norm_bound for segment in segments):
+        raise PlanError(
+            "expected a segment whose norm can be checked; integers need a max_norm for that; give "
+            "one a max_norm, or leave the norm check out"
+        )
+    if check.min_cosine is None:
         return
     updates = [segment for segment in segments if isinstance(segment, FloatSegment)]
     if len(updates) != 1:
@@ -201,12 +208,18 @@ def _check_direction(segments: Sequence[Segment], check: NormCheck | None) -> No
             "expected one float segment, whose direction min_cosine is about; got "
             f"{len(updates)}; leave min_cosine out"
         )
+    if updates[0].values < SMALLEST_DIRECTION:
+        raise PlanError(
+            f"expected a model of at least {SMALLEST_DIRECTION} packed values for min_cosine, "
+            "because the coordinates that a sketch of a smaller one sums up could be guessed; got "
+            f"{updates[0].values}; leave min_cosine out"
+        )
 
 
 def _layout(segment: Segment, clients: int, guard: int, check: NormCheck | None) -> Layout:
     norm = tolerance = least_base = 0
     shift = (2 * guard).bit_length()
-    if check is not None:
+    if check is not None and segment.norm_bound:
         norm = _honest_norm(segment)
         tolerance = check.tolerated * math.ceil(_BEYOND * norm)
         least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * norm)

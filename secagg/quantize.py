@@ -192,8 +192,7 @@ def quantize_update(
     weight = _weight(segment, samples)
     scale = weight * (segment.clip / norm if clipped else 1.0) / segment.step
     blocks = _spread(segment, vector, scale, weight)
-    _flip_signs(blocks, rotation, segment)
-    _rotate(blocks)
+    _mix(blocks, rotation, segment)
     return _round(segment, blocks.reshape(-1), clipped, rounding)
 
 
@@ -209,9 +208,19 @@ def rotated(
         float32 of shape (segment.values,), of the same norm.
     """
     blocks = _spread(segment, vector, 1.0, 0.0)
-    _flip_signs(blocks, rotation, segment)
-    _rotate(blocks)
+    _mix(blocks, rotation, segment)
     return blocks.reshape(-1)
+
+
+def _mix(blocks: NDArray[np.float32], rotation: bytes, segment: FloatSegment) -> None:
+    """Signs, rotation, signs.
+
+    The second ones take nothing away from a sum, but without them a coordinate becomes a Walsh
+    function, which is itself again when it is turned: a sketch of it would show which one.
+    """
+    _flip_signs(blocks, rotation, segment, "rotation")
+    _rotate(blocks)
+    _flip_signs(blocks, rotation, segment, "rotated")
 
 
 def _weight(segment: FloatSegment, samples: int) -> float:
@@ -255,8 +264,9 @@ def _flip_signs(
     blocks: NDArray[np.float32] | NDArray[np.float64],
     rotation: bytes,
     segment: FloatSegment,
+    label: str,
 ) -> None:
-    drawn = signs(Stream.derive("rotation", rotation, segment.name), segment.values)
+    drawn = signs(Stream.derive(label, rotation, segment.name), segment.values)
     np.multiply(blocks, drawn.reshape(blocks.shape), out=blocks, casting="same_kind")
 
 
@@ -364,8 +374,9 @@ def dequantize_update(
     """
     blocks = total.astype(np.float64).reshape(segment.rotations, segment.rotation_length)
     blocks *= segment.step
+    _flip_signs(blocks, rotation, segment, "rotated")
     _rotate(blocks)
-    _flip_signs(blocks, rotation, segment)
+    _flip_signs(blocks, rotation, segment, "rotation")
     payload = blocks[:, : segment.rotation_payload].reshape(-1)
     weight = math.nan
     if segment.weighted:

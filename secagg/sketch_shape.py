@@ -13,7 +13,9 @@ from secagg.parameters import RESIDUE_BYTES, RING_DEGREE, FloatSegment, Layout, 
 __all__ = [
     "BLINDS",
     "SKETCH_SIGMAS",
+    "SMALLEST_DIRECTION",
     "DirectionShape",
+    "NormShape",
     "Shape",
     "direction_shape",
     "noise_energy",
@@ -43,6 +45,11 @@ _KEY_ENERGY = RING_DEGREE * 2 / 3  # of a uniform ternary key
 _SAMPLED = 6144  # coordinates of a direction that are looked at, at the most
 _LONGEST_PROBE = 4096
 _MAX_PROBES = 8
+
+SMALLEST_DIRECTION = 2 * RING_DEGREE
+"""Values of the smallest model that a direction check is planned for: which of them a row sums up
+must be beyond guessing."""
+
 _POSITION_BYTES = 2
 
 
@@ -101,16 +108,33 @@ def quietest_shift(norm: int, values: int) -> int:
     return shift
 
 
-def norm_shapes(plan: Plan) -> list[Shape]:
-    """The rows that estimate the norm of each segment; none without a norm check."""
+@dataclass(frozen=True, slots=True)
+class NormShape(Shape):
+    """Rows that estimate the norm of one segment.
+
+    Attributes:
+        segment: its index.
+    """
+
+    segment: int
+
+
+def norm_shapes(plan: Plan) -> list[NormShape]:
+    """The rows for each segment whose norm is checked, in the plan's order."""
     check = plan.norm_check
-    return [] if check is None else [_norm_shape(layout, check) for layout in plan.layouts]
+    if check is None:
+        return []
+    return [
+        _norm_shape(index, layout, check)
+        for index, layout in enumerate(plan.layouts)
+        if layout.norm
+    ]
 
 
-def _norm_shape(layout: Layout, check: NormCheck) -> Shape:
+def _norm_shape(segment: int, layout: Layout, check: NormCheck) -> NormShape:
     wanted = math.ceil(max(_VALUES / layout.digits, _VALUES_OF_A_DIGIT) / check.sketches)
     dropped = 2 if _quiet(layout.norm, layout.shift, 2, layout.blocks) else 1
-    return Shape(check.sketches, 1 << (wanted - 1).bit_length(), dropped)
+    return NormShape(check.sketches, 1 << (wanted - 1).bit_length(), dropped, segment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +161,8 @@ def direction_shape(plan: Plan) -> DirectionShape | None:
     # Coordinates that all point one way must not overflow a digit.
     longest = int(layout.base / (4 * layout.norm / math.sqrt(layout.values)))
     # A short segment leaves digits empty, or nearly so: a row would find too little there.
-    digits = max(1, min(layout.digits, layout.values // RING_DEGREE))
-    sampled = max(1, min(longest, _LONGEST_PROBE, layout.values))
+    digits = min(layout.digits, layout.values // RING_DEGREE)
+    sampled = max(1, min(longest, _LONGEST_PROBE))
     probes = min(_MAX_PROBES, math.ceil(_SAMPLED / (sampled * digits)))
     return DirectionShape(digits * probes, 1, 1, index, digits, sampled)
 

@@ -123,7 +123,7 @@ class Sketch:
 
     Attributes:
         upload_digest: SHA-256 of the upload.
-        norms: the rows that estimate the norm of each segment, in the plan's order.
+        norms: the rows that estimate the norm of each segment that is checked, in the plan's order.
         direction: the rows that compare it with the direction of the round before; None without.
     """
 
@@ -192,11 +192,14 @@ def sketch(
     shapes = norm_shapes(plan)
     if not shapes:
         raise ConfigurationError("expected a plan with a norm check; this one has none")
+    blocks = [part for _, _, part in plan.block_ranges()]
     looks: list[_Look] = [
-        _NormLook(shape, blocks, Stream.derive("sketch", key, upload_digest, index))
-        for index, (shape, (_, _, blocks)) in enumerate(
-            zip(shapes, plan.block_ranges(), strict=True)
+        _NormLook(
+            shape,
+            blocks[shape.segment],
+            Stream.derive("sketch", key, upload_digest, shape.segment),
         )
+        for shape in shapes
     ]
     extra = direction_shape(plan)
     if extra is not None and direction is not None:
@@ -210,7 +213,7 @@ def sketch(
 
 def _sorted_rows(plan: Plan, rows: list[Rows]) -> tuple[tuple[Rows, ...], Rows | None]:
     """Those of the norms, one run a segment, and those of the direction, if any."""
-    count = len(plan.segments)
+    count = len(norm_shapes(plan))
     return tuple(rows[:count]), rows[count] if rows[count:] else None
 
 

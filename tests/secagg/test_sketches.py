@@ -537,7 +537,7 @@ def test_a_directions_rows_sum_coordinates_of_one_digit_with_its_signs() -> None
     assert shape is not None
     for digit in range(layout.digits):
         # A coordinate counts one with the direction's sign: agreeing everywhere, a row shows how
-        # many it looks at; elsewhere, nothing.
+        # many it looks at. Rows of other digits look at it with signs that have nothing to do with it.
         values = np.zeros(layout.blocks * layout.digits * 4096, dtype=np.int64)
         values.reshape(layout.blocks, layout.digits, 4096)[:, digit] = known.of_digit(layout, digit)
         upload = ring.to_ntt(pack(layout, values[: layout.values]))
@@ -548,7 +548,6 @@ def test_a_directions_rows_sum_coordinates_of_one_digit_with_its_signs() -> None
         # Binomial with this mean; 8 standard deviations.
         reach = 8 * math.sqrt(shape.sampled)
         assert (np.abs(found[mine, digit] - shape.sampled) < reach).all()
-        assert not found[~mine].any()
         assert not np.delete(found, digit, axis=1).any()
 
 
