@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint proto proto-check bench clean
+.PHONY: help setup demo test test-slow lint proto proto-check bench gallery clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into t
 	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
 	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
 	$(BIN)/python -m secagg_bench.readme
+
+gallery: $(STAMP) ## Measure what poisoning does and what stops it (needs SECAGG_DATA_DIR, minutes)
+	$(BIN)/python -m secagg_bench.gallery.run
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -182,11 +182,13 @@ class _TaskFile(_Section):
     max_attempts: int = 3
     update: _Update | None = None
     integers: list[_Integers] = Field(default_factory=list)
-    norm_check: _NormCheck = Field(default_factory=_NormCheck)
+    norm_check: _NormCheck | None = None
 
 
 def read_task(file: Path) -> TaskSpec:
     """A task from its TOML file (see docs/samples/task.toml).
+
+    A file that says nothing of a norm check has one, if there is a norm that can be checked.
 
     Raises:
         ConfigurationError: unreadable, an unknown key, or a value out of its range.
@@ -195,11 +197,15 @@ def read_task(file: Path) -> TaskSpec:
     literal = validated(_TaskFile, read_toml(file))
     segments: list[Segment] = [literal.update.segment()] if literal.update else []
     segments += [integers.segment() for integers in literal.integers]
+    if literal.norm_check is not None:
+        norm_check = literal.norm_check.check()
+    else:
+        norm_check = _USUAL if any(segment.norm_bound for segment in segments) else None
     plan = make_plan(
         segments,
         min_clients=literal.min_clients,
         max_clients=literal.max_clients,
-        norm_check=literal.norm_check.check(),
+        norm_check=norm_check,
     )
     return TaskSpec(
         literal.task_id,

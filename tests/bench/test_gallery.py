@@ -32,11 +32,13 @@ from secagg_bench.gallery.run import Sizes, run_gallery, validate
 from secagg_bench.gallery.single_users import single_user_cosines
 from secagg_client.data import NO_TEST_ITEM, Split, load_dataset, split_leave_one_out
 
+pytestmark = pytest.mark.timeout(300)  # dozens of short trainings, on a machine that may be busy
+
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "gallery.json"
 
 # A clip so tight that ten times an honest update is beyond it.
-TOY = Setting(silos=8, rounds=2, clip=5.0)
-ONLY = ("update times 10", "sign flip at the bound", "a weight of 0", "a residue of q")
+TOY = Setting(silos=6, rounds=2, clip=5.0)
+ONLY = ("update times 10", "a weight of 0", "a residue of q")
 
 
 @cache
@@ -145,7 +147,7 @@ def test_the_models_with_refused_attackers_are_those_of_the_honest_alone() -> No
     alone = Federation(split, users, TOY, absent=attackers).run("norm", clear=True)
     undefended = Federation(split, users, TOY, attack, attackers).run("none")
     assert (checked.attacker_uploads, checked.attacker_refusals) == (6, 6)
-    assert (checked.honest_uploads, checked.honest_refusals) == (10, 0)
+    assert (checked.honest_uploads, checked.honest_refusals) == (6, 0)
     assert checked.models == alone.models
     assert checked.hr10 == alone.hr10
     assert len(set(checked.models)) == 2

@@ -11,6 +11,7 @@ import pytest
 from secagg.challenger import Challenger
 from secagg.challenges import CHALLENGE_KEY_BYTES, challenge_key, commitment
 from secagg.context import RoundContext
+from secagg.encryptor import Encryptor
 from secagg.errors import ConfigurationError, ContextError, MalformedError, ReceiptError
 from secagg.keyholder import KeyHolder
 from secagg.parameters import NormCheck, Plan
@@ -19,7 +20,7 @@ from secagg.receipts import NO_COMMITMENT
 from secagg.sketches import sketch
 from secagg.upload import Upload
 
-PLAN = plan_integers(50, max_clients=5, max_abs=20, norm_check=NormCheck(sketches=8))
+PLAN = plan_integers(50, max_clients=5, max_abs=20, max_norm=100, norm_check=NormCheck(sketches=8))
 SECRET = b"s" * 32
 
 
@@ -28,8 +29,6 @@ def uploaded(
 ) -> Upload:
     bound = challenger.commitment(cohort.identity(index).public)
     values = np.arange(plan.layouts[0].values) % 7
-    from secagg.encryptor import Encryptor
-
     return Encryptor(context, cohort.identity(index), commitment=bound).encrypt(values)
 
 

@@ -81,7 +81,7 @@ def test_every_field_changes_the_digest_and_the_public_polynomials(
 def test_the_digest_is_stable() -> None:
     # A change of this value is a change of protocol.
     assert (
-        make().id.digest.hex() == "b89bcf9b5cf55d7c4cdfe735ecc8dc7c2cc94aecac05a90e9597e11924e43206"
+        make().id.digest.hex() == "a545d81d806e88044ac24824188a24a467531b5e09a3608fdab11155e0b8c4ab"
     )
     first = make().public_polynomials()[0, :2].tolist()
     assert first == [8686583107286440, 63789654076313280]

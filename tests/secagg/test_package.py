@@ -40,6 +40,10 @@ def loaded_by(statement: str) -> set[str]:
         "secagg.receipts",
         "secagg.upload",
         "secagg.aggregator",
+        "secagg.challenges",
+        "secagg.verdicts",
+        "secagg.direction",
+        "secagg.sketch_shape",
     ],
 )
 def test_importing_a_part_without_a_key_never_loads_the_cipher(module: str) -> None:
@@ -55,6 +59,17 @@ def test_the_cipher_loads_no_transport_and_no_framework(module: str) -> None:
 
 def test_the_package_itself_loads_nothing_else() -> None:
     assert "numpy" not in loaded_by("import secagg; dir(secagg)")
+
+
+@pytest.mark.parametrize("module", ["secagg.sketches", "secagg.challenger", "secagg.recheck"])
+def test_sketching_knows_no_key(module: str) -> None:
+    # Sketches multiply in the ring; nothing that makes or opens a seed is loaded for it.
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    keys = {f"secagg.{name}" for name in ("onetime", "ckks", "sealing", "keyholder", "norm_check")}
+    assert not keys & set(done.stdout.split())
 
 
 def test_the_aggregator_is_usable_without_the_cipher() -> None:
@@ -90,7 +105,8 @@ def test_unknown_names_are_attribute_errors() -> None:
     [
         *("errors", "transcript", "parameters", "planner", "sampling", "residues", "quantize"),
         *("packing", "ckks", "onetime", "sealing", "context", "receipts", "upload", "encryptor"),
-        *("aggregator", "keyholder", "release"),
+        *("aggregator", "keyholder", "release", "challenges", "challenger", "verdicts", "recheck"),
+        *("sketch_shape", "sketches", "direction", "norm_check"),
     ],
 )
 def test_every_module_exports_what_it_says(module: str) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from secagg.errors import PlanError, ReleaseError
-from secagg.packing import pack, unpack
-from secagg.parameters import MODULUS, Layout
+from secagg.packing import balanced_digits, pack, unpack
+from secagg.parameters import MODULUS, Layout, NormCheck
 from secagg.planner import plan_integers
 
 
@@ -179,3 +179,61 @@ def test_random_residues_are_refused(seed: int) -> None:
     assert (2 * layout.guard + 1) / (1 << layout.shift) < 0.99
     with pytest.raises(ReleaseError):
         unpack(layout, uniform, layout.sum_abs // layout.max_abs)
+
+
+# --- with a norm check ----------------------------------------------------------------------------
+
+
+CHECKED = plan_integers(
+    5000, max_clients=100, max_abs=50, max_norm=300, norm_check=NormCheck(tolerated=2)
+).layouts[0]
+
+
+def test_a_sum_may_be_off_by_what_the_norm_check_may_let_through() -> None:
+    assert CHECKED.tolerance == 2 * 450
+    for clients in (3, 100):
+        most = clients * CHECKED.max_abs + CHECKED.tolerance
+        for place in (0, 17, 4096, 4999):
+            values = np.zeros(5000, dtype=np.int64)
+            for value in (most, -most):
+                values[place] = value
+                assert np.array_equal(unpack(CHECKED, pack(CHECKED, values), clients), values)
+            for value in (most + 1, -most - 1):
+                values[place] = value
+                with pytest.raises(ReleaseError, match="planned range"):
+                    unpack(CHECKED, pack(CHECKED, values), clients)
+
+
+def test_padding_may_be_off_by_the_same_and_is_dropped() -> None:
+    assert CHECKED.digits >= 2
+    values = np.arange(5000) % 7
+    packed = pack(CHECKED, values)
+    unit, place = digit_unit(CHECKED, 1), 5000 - 4096  # the first slot of padding
+    for extra in (1, -1, CHECKED.tolerance, -CHECKED.tolerance):
+        noisy = packed.copy()
+        noisy[0, place] += extra * unit
+        assert np.array_equal(unpack(CHECKED, noisy, 3), values)
+    for extra in (CHECKED.tolerance + 1, -CHECKED.tolerance - 1):
+        noisy = packed.copy()
+        noisy[0, place] += extra * unit
+        with pytest.raises(ReleaseError, match="padding"):
+            unpack(CHECKED, noisy, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    base=st.integers(3, 1 << 20),
+    digits=st.integers(1, 12),
+    numbers=st.lists(st.integers(-(2**52) + 1, 2**52 - 1), min_size=1, max_size=40),
+)
+def test_balanced_digits_are_small_and_add_up(base: int, digits: int, numbers: list[int]) -> None:
+    layout = Layout(4096 * digits, 1, 1, base, digits, 1, 1)
+    found = balanced_digits(layout, np.array([numbers], dtype=np.int64))
+    assert found.shape == (1, digits, len(numbers))
+    back = [
+        sum(int(found[0, digit, at]) * base**digit for digit in range(digits))
+        for at in range(len(numbers))
+    ]
+    assert back == numbers
+    lower = found[0, :-1]
+    assert (2 * np.abs(lower) <= base).all()

@@ -24,6 +24,7 @@ from secagg.parameters import (
     FloatSegment,
     IntegerSegment,
     Layout,
+    NormCheck,
     Plan,
     TensorSpec,
     check_ring,
@@ -251,7 +252,7 @@ GOLDEN = [
 def test_the_digest_is_stable() -> None:
     # A change of this value is a change of protocol: uploads of the two versions never add up.
     plan = make_plan(GOLDEN, max_clients=50, min_clients=5)
-    assert plan.digest.hex() == "28712fb68935b8694c2191ddff60e4bd2f2869536ce2f60e48c66acd59a0445b"
+    assert plan.digest.hex() == "65bdac4fe4298b8dd1a45c75f55edb50c2326d08eda5460f1292057d0e8fa73b"
 
 
 def test_the_digest_does_not_depend_on_the_order_in_which_tensors_are_named() -> None:
@@ -278,12 +279,21 @@ def variations() -> list[Plan]:
         replace(update, tensors=(a, replace(b, shape=(1,)))),
         replace(update, tensors=(a,)),
     ]
-    others = [replace(counts, name="c"), replace(counts, size=5001), replace(counts, max_abs=8)]
+    others = [
+        replace(counts, name="c"),
+        replace(counts, size=5001),
+        replace(counts, max_abs=8),
+        replace(counts, max_norm=20.0),
+        replace(counts, max_norm=math.nextafter(20.0, 21)),
+    ]
     plans = [make_plan([changed, counts], max_clients=50, min_clients=5) for changed in updates]
     plans += [make_plan([update, changed], max_clients=50, min_clients=5) for changed in others]
     base = make_plan(GOLDEN, max_clients=50, min_clients=5)
     layout = base.layouts[0]
-    for name in ("values", "max_abs", "base", "digits", "shift", "guard"):
+    for name in (
+        *("values", "max_abs", "sum_abs", "base", "digits", "shift", "guard"),
+        *("norm", "tolerance"),
+    ):
         forged = replace(layout, **{name: getattr(layout, name) + 1})
         plans.append(replace(base, layouts=(forged, base.layouts[1])))
     return [
@@ -293,7 +303,16 @@ def variations() -> list[Plan]:
         make_plan(GOLDEN[:1], max_clients=50, min_clients=5),
         make_plan(GOLDEN, max_clients=50, min_clients=6),
         make_plan(GOLDEN, max_clients=51, min_clients=5),
+        *(make_plan(GOLDEN, max_clients=50, min_clients=5, norm_check=check) for check in CHECKS),
     ]
+
+
+CHECKS = [
+    NormCheck(),
+    NormCheck(margin=math.nextafter(0.2, 1)),
+    NormCheck(sketches=17),
+    NormCheck(tolerated=2),
+]
 
 
 def test_every_field_changes_the_digest() -> None:
@@ -346,3 +365,180 @@ def test_segments_chunks_and_bytes_tile_the_upload(sizes: list[int]) -> None:
     for index in (-1, plan.chunks):
         with pytest.raises(PlanError, match="chunk index"):
             plan.chunk_blocks(index)
+
+
+# --- with a norm check ----------------------------------------------------------------------------
+
+
+NORM_CHECKS = st.builds(NormCheck, st.floats(0.15, 1.0), st.integers(8, 64), st.integers(0, 100))
+
+
+def checked_layout_is_exact(layout: Layout, plan: Plan) -> None:
+    check = plan.norm_check
+    assert check is not None
+    n, big_r, base, grid = plan.max_clients, layout.sum_abs, layout.base, 1 << layout.shift
+    # What accepted clients may add: an update of 1.5 times the norm, all of it in one value.
+    assert layout.tolerance == check.tolerated * math.ceil(1.5 * layout.norm)
+    assert big_r == n * layout.max_abs + layout.tolerance
+    assert base >= 4 * big_r + 2
+    assert grid > 2 * layout.guard
+    assert grid * base ** (layout.digits - 1) * (4 * big_r + 2) <= MODULUS
+    span = grid * big_r * Fraction(base**layout.digits - 1, base - 1) + Fraction(grid, 2)
+    assert span < Fraction(MODULUS, 2)
+    # An accepted row at four standard deviations is within half a digit.
+    assert base >= 8 * (1 + Fraction(check.margin)) * layout.norm
+    # The guard holds an honest cohort's noise, and what the noise audit cannot name.
+    unchecked = make_plan(plan.segments, max_clients=n, min_clients=plan.min_clients)
+    assert layout.guard == unchecked.layouts[0].guard + 28 * check.tolerated
+    assert layout.shift >= unchecked.layouts[0].shift
+    # A mask without its lowest byte is quiet enough, though the errors of all blocks add up.
+    noise = 10.5 * 4096 * layout.blocks + 256.0**2 / 6 * 4096 * 2 / 3
+    assert not layout.norm or noise <= 1e-3 * 4.0**layout.shift * layout.norm**2
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    clients=COHORTS,
+    bits=st.integers(2, 16),
+    parameters=st.integers(1, 1 << 24),
+    weighted=st.booleans(),
+    check=NORM_CHECKS,
+)
+def test_checked_float_plans_keep_every_inequality(
+    clients: int, bits: int, parameters: int, weighted: bool, check: NormCheck
+) -> None:
+    try:
+        plan = plan_tensors(
+            parameters,
+            max_clients=clients,
+            clip=3.0,
+            bits=bits,
+            weighting="samples" if weighted else "equal",
+            norm_check=check,
+        )
+    except PlanError:
+        assume(False)
+    (layout,), (segment,) = plan.layouts, plan.segments
+    checked_layout_is_exact(layout, plan)
+    # T is between the bound itself and the largest norm that integers of so many bits have.
+    assert layout.norm >= min(segment.norm_bound / segment.step, layout.max_abs)
+    assert layout.norm <= math.ceil(layout.max_abs * math.sqrt(layout.values))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    clients=COHORTS,
+    size=st.integers(1, 1 << 24),
+    magnitude=st.integers(1, 1 << 40),
+    share=st.floats(0, 1),
+    check=NORM_CHECKS,
+)
+def test_checked_integer_plans_keep_every_inequality_or_are_refused(
+    clients: int, size: int, magnitude: int, share: float, check: NormCheck
+) -> None:
+    norm = max(1.0, share * magnitude * math.sqrt(size))
+    try:
+        plan = plan_integers(
+            size, max_clients=clients, max_abs=magnitude, max_norm=norm, norm_check=check
+        )
+    except PlanError:
+        assume(False)
+    assert plan.layouts[0].norm == math.ceil(norm)
+    checked_layout_is_exact(plan.layouts[0], plan)
+
+
+@settings(deadline=None, max_examples=100)
+@given(clients=COHORTS, bits=st.integers(2, 16), parameters=st.integers(1, 1 << 22))
+def test_a_plan_without_a_check_is_what_it_always_was(
+    clients: int, bits: int, parameters: int
+) -> None:
+    # R = nV, B = 4R + 2, the smallest grid above twice the guard, and as many digits as fit.
+    layout = plan_tensors(parameters, max_clients=clients, clip=1.0, bits=bits).layouts[0]
+    most = clients * (2 ** (bits - 1) - 1)
+    assert (layout.sum_abs, layout.base) == (most, 4 * most + 2)
+    assert (layout.norm, layout.tolerance) == (0, 0)
+    assert 1 << layout.shift > 2 * layout.guard >= 1 << (layout.shift - 1)
+    room = MODULUS >> layout.shift
+    assert layout.base**layout.digits <= room < layout.base ** (layout.digits + 1)
+
+
+def test_a_segment_without_a_norm_is_planned_as_if_there_were_no_check() -> None:
+    free, held = IntegerSegment("free", 5000, 100), IntegerSegment("held", 5000, 100, 50.0)
+    plan = make_plan([free, held], max_clients=20, norm_check=NormCheck(tolerated=0))
+    alone = make_plan([free, held], max_clients=20)
+    assert plan.layouts[0] == alone.layouts[0]
+    assert plan.layouts[1].norm == 50
+    with pytest.raises(PlanError, match="max_norm"):
+        make_plan([free], max_clients=20, norm_check=NormCheck())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"margin": 0.149},
+        {"margin": 1.001},
+        {"margin": math.nan},
+        {"margin": -1.0},
+        {"sketches": 7},
+        {"sketches": 65},
+        {"sketches": 16.0},
+        {"sketches": True},
+        {"tolerated": -1},
+        {"tolerated": MAX_COHORT + 1},
+        {"tolerated": 1.5},
+        {"min_cosine": -1.01},
+        {"min_cosine": 0.51},
+        {"min_cosine": math.nan},
+    ],
+)
+def test_impossible_checks_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(PlanError):
+        NormCheck(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.99, -1.0, math.nan, math.inf, 21.0])
+def test_impossible_norms_of_integers_are_refused(norm: float) -> None:
+    IntegerSegment("a", 4, 10, 20.0)
+    with pytest.raises(PlanError, match="max_norm"):
+        IntegerSegment("a", 4, 10, norm)
+
+
+def test_a_check_that_leaves_no_room_is_refused_with_what_would_help() -> None:
+    wide = {"max_clients": 3, "max_abs": 1 << 42, "max_norm": float(1 << 50)}
+    plan_integers(1 << 20, max_clients=3, max_abs=1 << 42)
+    with pytest.raises(PlanError, match="no norm check"):
+        plan_integers(1 << 20, norm_check=NormCheck(), **wide)  # type: ignore[arg-type]
+
+
+def test_every_field_of_a_check_is_part_of_the_digest() -> None:
+    segment = FloatSegment("update", (TensorSpec("w", (30_000,)),), 1.0)
+    base = NormCheck(min_cosine=0.0)
+    checks = [
+        None,
+        base,
+        replace(base, margin=math.nextafter(0.2, 1)),
+        replace(base, sketches=17),
+        replace(base, tolerated=2),
+        replace(base, min_cosine=None),
+        replace(base, min_cosine=math.nextafter(0.0, 1)),
+    ]
+    plans = [make_plan([segment], max_clients=9, norm_check=check) for check in checks]
+    assert len({plan.digest for plan in plans}) == len(plans)
+    assert make_plan([segment], max_clients=9, norm_check=base).digest == plans[1].digest
+
+
+def test_explain_shows_the_check() -> None:
+    check = NormCheck(margin=0.25, sketches=20, tolerated=3, min_cosine=-0.125)
+    segments = [
+        FloatSegment("update", (TensorSpec("w", (30_000,)),), 1.0),
+        IntegerSegment("free", 10, 5),
+    ]
+    plan = make_plan(segments, max_clients=100, norm_check=check)
+    facts = {fact.topic: fact for fact in explain(plan)}
+    words = facts["norm check"].value + facts["norm check"].reason
+    for part in ("20 sketches", "25%", "-0.125", "3 client"):
+        assert part in words
+    assert str(plan.layouts[0].norm) in facts["update: norm"].value
+    assert "free: norm" not in facts
+    without = make_plan(segments, max_clients=100)
+    assert not [fact for fact in explain(without) if "norm" in fact.topic]

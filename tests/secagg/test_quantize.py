@@ -15,7 +15,7 @@ from scipy.linalg import hadamard
 
 from secagg import quantize as quantizer
 from secagg.errors import InputError, NonFiniteError, PlanError, SchemaError
-from secagg.parameters import FloatSegment, IntegerSegment, TensorSpec
+from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, TensorSpec
 from secagg.planner import make_plan, plan_tensors
 from secagg.quantize import (
     dequantize_integers,
@@ -537,3 +537,119 @@ def test_the_format_of_the_quantised_integers_is_stable() -> None:
         hashlib.sha256(data).hexdigest()
         == "cb343b812c3d42d05f57728561fa0da892491e61e62c8d0b34fc9c97c85a682b"
     )
+
+
+# --- the norm that no honest client exceeds -------------------------------------------------------
+
+
+def honest_vectors(size: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Updates at a clip norm of 1, of the forms whose rounding adds the most, and of others."""
+    drawn = np.random.default_rng(seed)
+    spike, few = np.zeros(size), np.zeros(size)
+    spike[seed % size] = 1.0
+    few[drawn.integers(0, size, 9)] = 1.0
+    forms = {
+        "gaussian": drawn.standard_normal(size),
+        "flat": np.ones(size),
+        "signs": drawn.choice([-1.0, 1.0], size),
+        "heavy": drawn.standard_t(1.5, size),
+        "spike": spike,
+        "few": few,
+        # Far beyond the bound, so that it is clipped to it.
+        "clipped": 1e6 * drawn.standard_normal(size),
+        # Nothing but a sliver: all of the norm is rounding.
+        "tiny": 1e-3 * drawn.standard_normal(size) / math.sqrt(size),
+    }
+    norms = {name: np.linalg.norm(vector) for name, vector in forms.items()}
+    keep = ("clipped", "tiny")
+    return {
+        name: (vector if name in keep else vector / norms[name]).astype(np.float32)
+        for name, vector in forms.items()
+    }
+
+
+@pytest.mark.parametrize("cap", [0, 10], ids=["equal", "weighted"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 1024, 5000, 100_000])
+def test_no_honest_norm_exceeds_the_planned_one(size: int, bits: int, cap: int) -> None:
+    segment = vector_segment(size, bits=bits, cap=cap)
+    bound = make_plan([segment], max_clients=5, norm_check=NormCheck()).layouts[0].norm
+    largest = 0.0
+    for seed in range(1 if size > 10_000 else 4):
+        for vector in honest_vectors(size, seed).values():
+            done = quantize_update(
+                segment,
+                {"vector": vector},
+                samples=max(cap, 1),
+                rotation=seed.to_bytes(32, "big"),
+                rounding=seeded(seed),
+            )
+            largest = max(largest, float(np.linalg.norm(done.values)))
+    assert largest <= bound
+    # And it is no looser than rounding makes it: by a tenth, where there are many values.
+    if size >= 1000:
+        assert largest > 0.9 * bound
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 3000),
+    bits=st.integers(2, 16),
+    weighted=st.booleans(),
+    samples=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+    exponent=st.floats(-3, 3),
+)
+def test_no_random_updates_norm_exceeds_the_planned_one(
+    size: int, bits: int, weighted: bool, samples: int, seed: int, exponent: float
+) -> None:
+    segment = vector_segment(size, bits=bits, cap=10 if weighted else 0)
+    bound = make_plan([segment], max_clients=5, norm_check=NormCheck()).layouts[0].norm
+    drawn = np.random.default_rng(seed)
+    vector = drawn.standard_normal(size) * np.exp(exponent * drawn.standard_normal(size))
+    norm = np.linalg.norm(vector)
+    done = quantize_update(
+        segment,
+        {"vector": (vector / norm).astype(np.float32)},
+        samples=samples,
+        rotation=ROTATION,
+        rounding=seeded(seed),
+    )
+    assert np.linalg.norm(done.values) <= bound
+
+
+def test_rounding_up_everywhere_at_its_worst_place_stays_within_the_expected_norm() -> None:
+    # By the law itself: the mean square of the stochastic rounding of x is x^2 + p (1 - p).
+    for bits in (2, 3, 8):
+        segment = vector_segment(4096, bits=bits)
+        bound = make_plan([segment], max_clients=5, norm_check=NormCheck()).layouts[0].norm
+        energy = (segment.norm_bound / segment.step) ** 2
+        for share in np.linspace(0.01, 1.0, 60):
+            # All of the energy on a share of the coordinates, equal magnitudes.
+            count = max(1, round(share * 4096))
+            magnitude = min(math.sqrt(energy / count), segment.max_abs)
+            part = magnitude % 1
+            mean = count * (magnitude**2 + part * (1 - part))
+            assert mean <= bound**2
+
+
+def test_integers_beyond_their_norm_are_refused_and_those_at_it_are_not() -> None:
+    segment = IntegerSegment("counts", 50, 10, 20.0)
+    values = np.zeros(50, dtype=np.int64)
+    values[:4] = 10  # a norm of exactly 20
+    assert np.linalg.norm(quantize_integers(segment, values, rotation=ROTATION).values) == 20
+    values[4] = 1
+    with pytest.raises(InputError, match="norm of at most 20"):
+        quantize_integers(segment, values, rotation=ROTATION)
+    votes = IntegerSegment("votes", 50, 1, 1.0)
+    assert quantize_integers(votes, np.eye(50, dtype=np.int8)[7], rotation=ROTATION).values.any()
+    with pytest.raises(InputError, match="norm of at most 1;"):
+        quantize_integers(votes, np.eye(50, dtype=np.int8)[:2].sum(axis=0), rotation=ROTATION)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64])
+def test_the_norm_of_integers_does_not_overflow(dtype: type) -> None:
+    segment = IntegerSegment("counts", 5000, 127, 8000.0)
+    values = np.full(5000, 127, dtype=dtype)  # a norm of 8980, and squares beyond 8 bits
+    with pytest.raises(InputError, match="norm"):
+        quantize_integers(segment, values, rotation=ROTATION)

@@ -8,18 +8,26 @@ import pytest
 
 from secagg.context import ContextId
 from secagg.errors import ContextError, MalformedError, ReceiptError
-from secagg.receipts import Receipt, SigningKey
+from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 
 CONTEXT = ContextId("task", 3, 1, b"p" * 32, b"m" * 32, b"k" * 32)
 SEED = b"sealed seed"
 UPLOAD = b"u" * 32
 KEY = SigningKey.from_bytes(bytes(range(32)))
 RECEIPT = Receipt.sign(KEY, CONTEXT, UPLOAD, SEED)
+COMMITTED = Receipt.sign(KEY, CONTEXT, UPLOAD, SEED, b"c" * 32)
 
 
 def test_an_honest_receipt_is_accepted() -> None:
     RECEIPT.verify(CONTEXT, SEED)
     assert RECEIPT.client_key == KEY.public
+
+
+def test_a_receipt_commits_to_the_challenge_that_it_was_made_for_or_to_none() -> None:
+    COMMITTED.verify(CONTEXT, SEED)
+    assert COMMITTED.challenge_commitment == b"c" * 32
+    assert RECEIPT.challenge_commitment == NO_COMMITMENT == bytes(32)
+    assert COMMITTED.signature != RECEIPT.signature
 
 
 def test_signing_is_deterministic_so_that_a_retry_sends_the_same_bytes() -> None:
@@ -58,6 +66,9 @@ def test_a_receipt_of_another_context_is_refused_and_the_field_named(
         replace(RECEIPT, signature=RECEIPT.signature[32:] + RECEIPT.signature[:32]),
         replace(RECEIPT, signature=Receipt.sign(KEY, CONTEXT, UPLOAD, b"other").signature),
         replace(RECEIPT, client_key=b"\xff" * 32),
+        replace(RECEIPT, challenge_commitment=b"c" * 32),
+        replace(COMMITTED, challenge_commitment=NO_COMMITMENT),
+        replace(COMMITTED, challenge_commitment=b"d" + b"c" * 31),
     ],
 )
 def test_every_altered_field_breaks_the_signature(changed: Receipt) -> None:
@@ -95,7 +106,9 @@ def test_another_seed_under_a_matching_hash_needs_another_signature() -> None:
         forged.verify(CONTEXT, b"other")
 
 
-@pytest.mark.parametrize("field", ["client_key", "upload_digest", "signature"])
+@pytest.mark.parametrize(
+    "field", ["client_key", "upload_digest", "challenge_commitment", "signature"]
+)
 @pytest.mark.parametrize("change", ["empty", "short", "long"])
 def test_fields_of_another_size_are_refused(field: str, change: str) -> None:
     value = getattr(RECEIPT, field)
@@ -118,6 +131,6 @@ def test_a_signing_key_can_be_stored_and_read() -> None:
 
 def test_neither_keys_nor_client_names_are_shown() -> None:
     assert repr(KEY) == str(KEY) == "SigningKey(OMITTED)"
-    for value in (KEY.public, RECEIPT.signature):
-        assert repr(value) not in repr(RECEIPT)
-        assert value.hex() not in repr(RECEIPT)
+    for value in (KEY.public, COMMITTED.signature, COMMITTED.challenge_commitment):
+        assert repr(value) not in repr(COMMITTED)
+        assert value.hex() not in repr(COMMITTED)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from secagg import ring
 from secagg.errors import MalformedError
 from secagg.parameters import BLOCK_BYTES, MODULUS
-from secagg.residues import ResidueSum, narrow, widen
+from secagg.residues import HALF_BITS, ResidueSum, halves, joined, multiply, narrow, widen
 
 
 def uniform(seed: int, blocks: int) -> NDArray[np.uint64]:
@@ -157,3 +157,90 @@ def test_the_value_is_a_copy() -> None:
 
 def test_an_empty_sum_is_zero() -> None:
     assert not ResidueSum(2).value().any()
+
+
+# --- products and mixes ---------------------------------------------------------------------------
+
+
+RESIDUES = st.one_of(
+    st.integers(0, MODULUS - 1),
+    st.sampled_from([0, 1, 2, MODULUS // 2, MODULUS // 2 + 1, MODULUS - 2, MODULUS - 1]),
+    st.integers(0, 56).map(lambda bit: min(1 << bit, MODULUS - 1)),
+)
+EXTREMES = [0, 1, 2, (1 << 28) - 1, 1 << 28, MODULUS // 2, MODULUS // 2 + 1]
+EXTREMES += [MODULUS - (1 << 28), MODULUS - 2, MODULUS - 1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(RESIDUES, RESIDUES), min_size=1, max_size=50))
+def test_products_equal_python_integers(pairs: list[tuple[int, int]]) -> None:
+    first, second = (np.array(side, dtype=np.uint64) for side in zip(*pairs, strict=True))
+    product = multiply(first, second)
+    assert product.dtype == np.uint64
+    assert product.tolist() == [a * b % MODULUS for a, b in pairs]
+
+
+def test_products_of_extremes_and_of_many_random_residues_are_exact() -> None:
+    extremes = np.array(EXTREMES, dtype=np.uint64)
+    table = multiply(extremes[:, None], extremes[None])
+    assert table.tolist() == [[a * b % MODULUS for b in EXTREMES] for a in EXTREMES]
+    first, second = uniform(1, 5), uniform(2, 5)
+    exact = first.astype(object) * second.astype(object) % MODULUS
+    assert np.array_equal(multiply(first, second).astype(object), exact)
+    # Products next to a multiple of q, where a wrong quotient would show.
+    rng = np.random.default_rng(3)
+    for small in (1, -1, 7, -7):
+        left = rng.integers(1, MODULUS, 300, dtype=np.uint64)
+        right = [small * pow(int(a), -1, MODULUS) % MODULUS for a in left]
+        product = multiply(left, np.array(right, dtype=np.uint64))
+        assert set(product.tolist()) == {small % MODULUS}
+
+
+def test_factors_are_not_changed() -> None:
+    first, second = uniform(1, 1), uniform(2, 1)
+    copies = first.copy(), second.copy()
+    multiply(first, second)
+    halves(first)
+    assert np.array_equal(first, copies[0])
+    assert np.array_equal(second, copies[1])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(RESIDUES, min_size=1, max_size=50))
+def test_halves_are_exact_and_joined_again(values: list[int]) -> None:
+    split = halves(np.array(values, dtype=np.uint64))
+    assert split.dtype == np.float64
+    assert split[0].tolist() == [value % (1 << HALF_BITS) for value in values]
+    assert split[1].tolist() == [value >> HALF_BITS for value in values]
+    assert joined(split).tolist() == values
+
+
+WHOLE = st.integers(-(2**53) + 1, 2**53 - 1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(WHOLE, WHOLE), min_size=1, max_size=50))
+def test_any_sums_of_halves_are_joined_modulo_q(pairs: list[tuple[int, int]]) -> None:
+    sums = np.array(pairs, dtype=np.float64).T
+    expected = [((upper << HALF_BITS) + lower) % MODULUS for lower, upper in pairs]
+    found = joined(sums)
+    assert found.dtype == np.uint64
+    assert found.tolist() == expected
+
+
+def test_the_largest_sums_of_halves_are_joined_modulo_q() -> None:
+    most = 2**53 - 1
+    for lower in (-most, -1, 0, 1, most):
+        for upper in (-most, -1, 0, 1, most):
+            found = joined(np.array([[lower], [upper]], dtype=np.float64))
+            assert found.tolist() == [((upper << HALF_BITS) + lower) % MODULUS]
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 40))
+def test_signed_mixes_of_polynomials_equal_python_integers(seed: int, count: int) -> None:
+    residues = uniform(seed, count)[:, :64]
+    weights = np.random.default_rng(seed).integers(-1, 2, (3, count))
+    found = joined(weights.astype(np.float64) @ halves(residues))
+    exact = weights.astype(object) @ residues.astype(object) % MODULUS
+    assert np.array_equal(found.astype(object), exact)

@@ -12,7 +12,14 @@ from scipy.stats import chi2
 
 from secagg import sampling
 from secagg.parameters import MODULUS
-from secagg.sampling import Stream, centred_binomial, signs, ternary, uniform_polynomials
+from secagg.sampling import (
+    Stream,
+    centred_binomial,
+    coin_differences,
+    signs,
+    ternary,
+    uniform_polynomials,
+)
 
 FALSE_ALARM = 1e-9  # of each goodness-of-fit test, were its seed not fixed
 KEY = bytes(range(32))
@@ -174,6 +181,30 @@ def test_a_shorter_run_of_signs_is_a_prefix(count: int) -> None:
     drawn = signs(Stream(KEY), count)
     assert drawn.shape == (count,)
     assert np.array_equal(drawn, signs(Stream(KEY), 5000)[:count])
+
+
+def test_coin_differences_are_those_of_two_fair_coins() -> None:
+    drawn = coin_differences(Stream(KEY), (100, 4096))
+    assert drawn.shape == (100, 4096)
+    assert drawn.dtype == np.int64
+    chi_square(np.bincount(drawn.reshape(-1) + 1, minlength=3), np.array([0.25, 0.5, 0.25]))
+    # Neighbours, and the same place of neighbouring rows, are independent.
+    law = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).reshape(-1)
+    for one, other in ((drawn[:, ::2], drawn[:, 1::2]), (drawn[::2], drawn[1::2])):
+        pairs = (one + 1) * 3 + other + 1
+        chi_square(np.bincount(pairs.reshape(-1), minlength=9), law)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 4097])
+def test_coin_differences_are_one_half_of_the_bits_less_the_other(count: int) -> None:
+    data = Stream(KEY).read((2 * count + 7) // 8)
+    bits = [octet >> place & 1 for octet in data for place in range(8)]
+    expected = [bits[i] - bits[count + i] for i in range(count)]
+    stream = Stream(KEY)
+    assert coin_differences(stream, (count,)).tolist() == expected
+    # It takes whole bytes, and not one too many.
+    whole = Stream(KEY).read(len(data) + 4)
+    assert stream.read(4) == whole[len(data) :]
 
 
 def test_public_coefficients_are_uniform_below_q() -> None:

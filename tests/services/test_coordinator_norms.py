@@ -60,7 +60,9 @@ CHECK = NormCheck(sketches=8)
 PLAN = cohort.mixed_plan(norm_check=CHECK)
 # The same with one segment, for tests that are not about what is judged.
 SMALL = make_plan(
-    [IntegerSegment("counts", cohort.COUNTS, 1 << 20)], max_clients=6, norm_check=CHECK
+    [IntegerSegment("counts", cohort.COUNTS, 1 << 20, cohort.COUNTS_NORM)],
+    max_clients=6,
+    norm_check=CHECK,
 )
 Lie = Callable[[RoundContext, int, bytes], Upload]
 
@@ -216,7 +218,11 @@ async def test_an_update_whose_values_are_all_in_range_is_too_long_all_the_same(
 @scenario
 async def test_uploads_of_several_chunks_are_sketched_whole(folder: Path) -> None:
     """The lie is in the last chunk alone."""
-    segments = [IntegerSegment("wide", 33 * 3 * 4096, 1000), IntegerSegment("last", 9, 5)]
+    wide, last = 33 * 3 * 4096, 9
+    segments = [
+        IntegerSegment("wide", wide, 1000, 3 * wide**0.5),
+        IntegerSegment("last", last, 5, 3 * last**0.5),
+    ]
     plan = make_plan(segments, max_clients=6, norm_check=CHECK)
     assert plan.chunks > 1
     async with running(folder) as server:

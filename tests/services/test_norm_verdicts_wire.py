@@ -50,7 +50,7 @@ from secagg_server.tasks import TaskSpec
 from secagg_server.verdicts import VerdictDesk
 
 PLAN = make_plan(
-    [IntegerSegment("counts", cohort.COUNTS, 1 << 20)],
+    [IntegerSegment("counts", cohort.COUNTS, 1 << 20, cohort.COUNTS_NORM)],
     max_clients=4,
     norm_check=NormCheck(sketches=8),
 )

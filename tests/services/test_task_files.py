@@ -22,7 +22,7 @@ max_clients = 6
 clip = 1.0
 [[update.tensors]]
 name = "vector"
-shape = [40]
+shape = [100, 100]
 [[integers]]
 name = "counts"
 size = 16
@@ -59,7 +59,7 @@ def test_a_task_file_is_checked_unless_it_says_no(
     assert TaskSpec.from_wire(spec.to_wire()) == spec
 
 
-@pytest.mark.parametrize(("line", "norm"), [("", 400.0), ("max_norm = 150", 150.0)])
+@pytest.mark.parametrize(("line", "norm"), [("", 0.0), ("max_norm = 150", 150.0)])
 def test_integers_may_be_bounded_by_their_norm(line: str, norm: float, tmp_path: Path) -> None:
     segment = read(tmp_path, line).plan.segments[1]
     assert isinstance(segment, IntegerSegment)
@@ -89,11 +89,29 @@ def test_a_check_that_cannot_be_is_refused_by_its_name(
 
 def test_integers_too_large_for_the_check_are_refused_with_what_would_work(tmp_path: Path) -> None:
     task = 'task_id = "task"\nmax_clients = 100\n[[integers]]\nname = "sums"\nsize = 1000000\n'
-    task += "max_abs = 20000000000\n{}"
+    task += "max_abs = 20000000000\nmax_norm = {}"
     with pytest.raises(PlanError, match="max_norm, fewer tolerated clients, or no norm check"):
-        read(tmp_path, "", task)
-    assert read(tmp_path, "[norm_check]\nenabled = false", task).plan.norm_check is None
-    assert read(tmp_path, "max_norm = 1000000000", task).plan.norm_check == NormCheck()
+        read(tmp_path, "2e13", task)
+    assert read(tmp_path, "2e13\n[norm_check]\nenabled = false", task).plan.norm_check is None
+    assert read(tmp_path, "1e9", task).plan.norm_check == NormCheck()
+
+
+COUNTS = """
+task_id = "task"
+max_clients = 6
+[[integers]]
+name = "counts"
+size = 16
+max_abs = 100
+{}
+"""
+
+
+def test_where_no_norm_can_be_checked_none_is_unless_the_file_asks_for_it(tmp_path: Path) -> None:
+    assert read(tmp_path, "", COUNTS).plan.norm_check is None
+    assert read(tmp_path, "max_norm = 150", COUNTS).plan.norm_check == NormCheck()
+    with pytest.raises(PlanError, match="integers need a max_norm"):
+        read(tmp_path, "[norm_check]", COUNTS)
 
 
 def test_the_sample_shows_every_key_of_the_check_with_its_default() -> None:

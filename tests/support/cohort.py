@@ -58,6 +58,7 @@ __all__ = [
 
 TENSORS = (TensorSpec("a/weight", (3, 2)), TensorSpec("b", ()), TensorSpec("c", (4,)))
 COUNTS = 24
+COUNTS_NORM = 1000.0  # where it is checked
 
 ABOVE_MODULUS = MODULUS.to_bytes(7, "little")
 """One residue that is exactly q, in its wire form."""
@@ -69,7 +70,7 @@ def mixed_plan(
     """A weighted model update and a vector of counts: 2 polynomials, 1 chunk."""
     segments = [
         FloatSegment("update", TENSORS, 2.0, 10, "samples", 100),
-        IntegerSegment("counts", COUNTS, 1 << 20),
+        IntegerSegment("counts", COUNTS, 1 << 20, None if norm_check is None else COUNTS_NORM),
     ]
     return make_plan(
         segments, min_clients=min_clients, max_clients=max_clients, norm_check=norm_check

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from secagg.context import ContextId
 from secagg.errors import ContextError, MalformedError, PlanError
-from secagg.parameters import FloatSegment, IntegerSegment, Plan, TensorSpec
+from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, Plan, TensorSpec
 from secagg.planner import make_plan
 from secagg.receipts import Receipt
 from secagg.sealing import SEALED_SEED_BYTES
 from secagg.upload import Admission
+from secagg.verdicts import Verdict
 from secagg.wire import codec
 from secagg.wire.v1 import operator_service_pb2, plan_pb2, round_pb2
 
@@ -47,7 +48,13 @@ def float_segments(draw: st.DrawFn) -> FloatSegment:
 SEGMENTS = st.lists(
     st.one_of(
         float_segments(),
-        st.builds(IntegerSegment, NAMES, st.integers(1, 5000), st.integers(1, 1000)),
+        st.builds(
+            IntegerSegment,
+            NAMES,
+            st.integers(1, 5000),
+            st.integers(1, 1000),
+            st.one_of(st.none(), st.just(1.0)),
+        ),
     ),
     min_size=1,
     max_size=4,
@@ -55,19 +62,34 @@ SEGMENTS = st.lists(
 )
 
 
+CHECKS = st.builds(
+    NormCheck,
+    st.floats(0.15, 1.0),
+    st.integers(8, 64),
+    st.integers(0, 20),
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     fewest = draw(st.integers(3, 50))
     most = draw(st.integers(fewest, 200))
-    return make_plan(draw(SEGMENTS), min_clients=fewest, max_clients=most)
+    segments = draw(SEGMENTS)
+    check = draw(CHECKS) if any(segment.norm_bound for segment in segments) else None
+    check = draw(st.sampled_from([None, check]))
+    return make_plan(segments, min_clients=fewest, max_clients=most, norm_check=check)
 
 
 CONTEXTS = st.builds(ContextId, TASK_IDS, NUMBERS, NUMBERS, DIGESTS, DIGESTS, DIGESTS)
 RECEIPTS = st.builds(
-    Receipt, CONTEXTS, DIGESTS, DIGESTS, DIGESTS, st.binary(min_size=64, max_size=64)
+    Receipt, CONTEXTS, DIGESTS, DIGESTS, DIGESTS, DIGESTS, st.binary(min_size=64, max_size=64)
 )
 ADMISSIONS = st.builds(
     Admission, RECEIPTS, st.binary(min_size=SEALED_SEED_BYTES, max_size=SEALED_SEED_BYTES)
+)
+
+VERDICTS = st.builds(
+    Verdict, RECEIPTS, DIGESTS, st.booleans(), DIGESTS, st.binary(min_size=64, max_size=64)
 )
 
 # What the server keeps on its disk as messages, and reads again.
@@ -96,6 +118,21 @@ def test_a_context_comes_back_equal(context: ContextId) -> None:
 def test_an_admission_comes_back_equal(admission: Admission) -> None:
     data = codec.admission_to_wire(admission).SerializeToString()
     assert codec.admission_from_wire(codec.parse(round_pb2.Admission, data)) == admission
+
+
+@given(VERDICTS)
+def test_a_verdict_comes_back_equal(verdict: Verdict) -> None:
+    data = codec.verdict_to_wire(verdict).SerializeToString()
+    assert codec.verdict_from_wire(codec.parse(round_pb2.NormVerdict, data)) == verdict
+
+
+@pytest.mark.parametrize("cosine", [None, -1.0, 0.0, 0.5])
+def test_a_direction_check_comes_back_with_its_cosine_or_without_one(cosine: float | None) -> None:
+    segment = FloatSegment("update", (TensorSpec("w", (20_000,)),), 1.0)
+    plan = make_plan([segment], max_clients=5, norm_check=NormCheck(min_cosine=cosine))
+    back = codec.plan_from_wire(codec.plan_to_wire(plan))
+    assert back == plan
+    assert back.digest == plan.digest
 
 
 @given(TENSORS)
@@ -214,7 +251,13 @@ def good_admission() -> round_pb2.Admission:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("client_key", 32), ("upload_digest", 32), ("sealed_seed_sha256", 32), ("signature", 64)],
+    [
+        ("client_key", 32),
+        ("upload_digest", 32),
+        ("sealed_seed_sha256", 32),
+        ("challenge_commitment", 32),
+        ("signature", 64),
+    ],
 )
 @pytest.mark.parametrize("change", [-1, 1, -32])
 def test_a_field_of_a_receipt_of_the_wrong_size_is_refused_by_its_name(
@@ -239,7 +282,53 @@ def test_an_empty_admission_is_refused() -> None:
         codec.admission_from_wire(round_pb2.Admission())
 
 
+# --- verdicts ---------------------------------------------------------------------------------
+
+
+def good_verdict() -> round_pb2.NormVerdict:
+    receipt = codec.receipt_from_wire(good_admission().receipt)
+    return codec.verdict_to_wire(
+        Verdict.sign(cohort.identity(9), receipt, bytes(32), accepted=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sketch_digest", 32), ("identity", 32), ("signature", 64)]
+)
+@pytest.mark.parametrize("change", [-1, 1, -32])
+def test_a_field_of_a_verdict_of_the_wrong_size_is_refused_by_its_name(
+    name: str, size: int, change: int
+) -> None:
+    message = good_verdict()
+    setattr(message, name, bytes(size + change))
+    with pytest.raises(MalformedError, match=f"{name} of {size} bytes; got bytes={size + change}"):
+        codec.verdict_from_wire(message)
+
+
+@pytest.mark.parametrize("state", [0, 77])
+def test_a_verdict_that_says_neither_is_refused(state: int) -> None:
+    message = good_verdict()
+    message.state = state  # type: ignore[assignment]
+    with pytest.raises(MalformedError, match="accepts or rejects"):
+        codec.verdict_from_wire(message)
+
+
+def test_a_verdict_on_a_damaged_receipt_is_refused() -> None:
+    message = good_verdict()
+    message.receipt.challenge_commitment = b""
+    with pytest.raises(MalformedError, match="challenge_commitment"):
+        codec.verdict_from_wire(message)
+    with pytest.raises(MalformedError):
+        codec.verdict_from_wire(round_pb2.NormVerdict())
+
+
 # --- plans ------------------------------------------------------------------------------------
+
+
+def checked(message: plan_pb2.Plan, **fields: float) -> None:
+    """Ask for a norm check; its own defaults where nothing else is said."""
+    wanted = {"margin": 0.2, "sketches": 16, "tolerated": 1} | fields
+    message.norm_check.CopyFrom(plan_pb2.NormCheck(**wanted))  # type: ignore[arg-type]
 
 
 def good_plan() -> plan_pb2.Plan:
@@ -349,6 +438,27 @@ BAD_PLANS: dict[str, tuple[Callable[[plan_pb2.Plan], object], type[Exception], s
         "exactly 1 with equal weights",
     ),
     "two clients suffice": (lambda m: setattr(m, "min_clients", 2), PlanError, "min_clients of 3"),
+    "no margin": (lambda m: checked(m, margin=0.0), PlanError, "margin from 0.15"),
+    "a margin beyond 1": (lambda m: checked(m, margin=1.01), PlanError, "margin from 0.15"),
+    "margin NaN": (lambda m: checked(m, margin=float("nan")), PlanError, "margin from 0.15"),
+    "no sketches": (lambda m: checked(m, sketches=0), PlanError, "8 to 64 sketches"),
+    "65 sketches": (lambda m: checked(m, sketches=65), PlanError, "8 to 64 sketches"),
+    "everybody tolerated": (lambda m: checked(m, tolerated=1_000_001), PlanError, "tolerated"),
+    "a cosine above one half": (lambda m: checked(m, min_cosine=0.6), PlanError, "min_cosine"),
+    "a cosine below -1": (lambda m: checked(m, min_cosine=-1.1), PlanError, "min_cosine"),
+    "cosine NaN": (lambda m: checked(m, min_cosine=float("nan")), PlanError, "min_cosine"),
+    "a norm below 1": (lambda m: setattr(integers(m), "max_norm", 0.5), PlanError, "max_norm"),
+    "a negative norm": (lambda m: setattr(integers(m), "max_norm", -1.0), PlanError, "max_norm"),
+    "norm NaN": (
+        lambda m: setattr(integers(m), "max_norm", float("nan")),
+        PlanError,
+        "max_norm",
+    ),
+    "a norm beyond all integers": (
+        lambda m: setattr(integers(m), "max_norm", 1e300),
+        PlanError,
+        "max_norm",
+    ),
     "no cohort": (lambda m: m.ClearField("min_clients"), PlanError, "min_clients of 3"),
     "most below fewest": (lambda m: setattr(m, "max_clients", 2), PlanError, "max_clients from"),
     "a million and one": (
@@ -410,6 +520,11 @@ def test_every_field_of_a_plan_is_part_of_its_digest() -> None:
         lambda m: setattr(floats(m).tensors[0], "name", "a/weights"),
         lambda m: shape(m, 2, 3),
         lambda m: setattr(m.segments[0], "name", "updates"),
+        lambda m: setattr(integers(m), "max_norm", 5.0),
+        lambda m: checked(m),
+        lambda m: checked(m, margin=0.25),
+        lambda m: checked(m, sketches=17),
+        lambda m: checked(m, tolerated=2),
     ]
     for change in changes:
         message = good_plan()
