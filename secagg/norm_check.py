@@ -12,13 +12,27 @@ from numpy.typing import NDArray
 
 from secagg.direction import SIGN_EFFICIENCY
 from secagg.packing import balanced_digits
-from secagg.parameters import MODULUS, RING_DEGREE, Layout, NormCheck, Plan
+from secagg.parameters import MODULUS, RING_DEGREE, FloatSegment, Layout, NormCheck, Plan
 from secagg.residues import halves, joined
 from secagg.ring import centre
-from secagg.sketch_shape import DirectionShape, direction_shape, noise_energy, norm_shapes
+from secagg.sketch_shape import (
+    NormShape,
+    ProbeShape,
+    direction_shape,
+    honest_norm,
+    noise_energy,
+    noise_spread,
+    norm_shapes,
+    probe_noise_energy,
+    weight_shapes,
+)
 from secagg.sketches import Rows, Sketch
 
 __all__ = ["passes"]
+
+# How far an honest weight may be underestimated, and noise overestimated, in standard deviations.
+_WEIGHT_SIGMAS = 5.0
+_NOISE_SIGMAS = 6.0
 
 
 def passes(plan: Plan, key: NDArray[np.int64], sketch: Sketch) -> bool:
@@ -35,17 +49,58 @@ def passes(plan: Plan, key: NDArray[np.int64], sketch: Sketch) -> bool:
     check = plan.norm_check
     if check is None:
         raise ValueError("expected a plan with a norm check")
+    shapes = norm_shapes(plan)
     energies = {
         shape.segment: _energy(plan.layouts[shape.segment], rows, key)
-        for shape, rows in zip(norm_shapes(plan), sketch.norms, strict=True)
+        for shape, rows in zip(shapes, sketch.norms, strict=True)
+    }
+    weights = {
+        shape.segment: (shape, rows)
+        for shape, rows in zip(weight_shapes(plan), sketch.weights, strict=True)
     }
     # All of them, always: how long it takes must not tell which one it was.
     findings = [
-        energy <= (1 + check.margin) ** 2 * plan.layouts[segment].norm ** 2
-        for segment, energy in energies.items()
+        energies[shape.segment]
+        <= _allowed(plan, check, shape, energies[shape.segment], weights.get(shape.segment), key)
+        for shape in shapes
     ]
     findings.append(_agrees(plan, check, key, sketch, energies))
     return all(findings)
+
+
+def _allowed(
+    plan: Plan,
+    check: NormCheck,
+    shape: NormShape,
+    energy: float,
+    weight: tuple[ProbeShape, Rows] | None,
+    key: NDArray[np.int64],
+) -> float:
+    """The largest estimate that is accepted of a segment's squared norm.
+
+    A weighted update may be as long as the weight that it carries allows, and that weight lies
+    between 0 and 1: it cannot claim little and push much, or push backwards by a negative weight.
+    """
+    segment, layout = plan.segments[shape.segment], plan.layouts[shape.segment]
+    bound = layout.norm
+    if weight is not None and isinstance(segment, FloatSegment):
+        measured, spread = _component(layout, *weight, key, energy)
+        claimed = (measured + _WEIGHT_SIGMAS * spread) * segment.step / segment.clip
+        bound = honest_norm(segment, min(max(claimed, 0.0), 1.0))
+    return (1 + check.margin) ** 2 * bound**2 + _NOISE_SIGMAS * noise_spread(layout, shape)
+
+
+def _component(
+    layout: Layout, shape: ProbeShape, rows: Rows, key: NDArray[np.int64], energy: float
+) -> tuple[float, float]:
+    """How far a segment's integers reach in a probe's direction, with its standard deviation.
+
+    In quantisation steps, if all coordinates of the direction are of one size.
+    """
+    scale = math.sqrt(layout.values) / shape.coordinates
+    noise = shape.rows * probe_noise_energy(layout, shape)
+    sampling = shape.coordinates * max(energy, 0.0) / layout.values
+    return scale * _probed(layout, shape, rows, key), scale * math.sqrt(sampling + noise)
 
 
 def _energy(layout: Layout, rows: Rows, key: NDArray[np.int64]) -> float:
@@ -75,13 +130,17 @@ def _agrees(
 
 
 def _cosine(
-    layout: Layout, shape: DirectionShape, rows: Rows, key: NDArray[np.int64], energy: float
+    layout: Layout, shape: ProbeShape, rows: Rows, key: NDArray[np.int64], energy: float
 ) -> float:
     """An estimate of the cosine between an update and the direction of the signs."""
+    reach, _ = _component(layout, shape, rows, key, energy)
+    return reach / (SIGN_EFFICIENCY * math.sqrt(max(energy, 1.0)))
+
+
+def _probed(layout: Layout, shape: ProbeShape, rows: Rows, key: NDArray[np.int64]) -> int:
+    """The sum of all coordinates that a probe's rows look at, each with its sign."""
     digits = _digits(layout, rows, key)[:, :, 0]
-    summed = sum(int(digits[row, row % shape.digits]) for row in range(shape.rows))
-    spread = math.sqrt(max(energy, 1.0) / layout.values)
-    return summed / (shape.rows * shape.sampled * SIGN_EFFICIENCY * spread)
+    return sum(int(digits[row, row % shape.digits]) for row in range(shape.rows))
 
 
 def _digits(layout: Layout, rows: Rows, key: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -45,7 +45,12 @@ from secagg.parameters import (
     check_ring,
 )
 from secagg.sampling import CBD_BITS, ERROR_STD
-from secagg.sketch_shape import SKETCH_SIGMAS, SMALLEST_DIRECTION, quietest_shift
+from secagg.sketch_shape import (
+    SKETCH_SIGMAS,
+    SMALLEST_DIRECTION,
+    honest_norm,
+    quietest_shift,
+)
 
 __all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
 
@@ -56,9 +61,6 @@ FAILURE_BITS = 40
 _AUDITED_NOISE = 28  # the largest that a noise audit may let pass
 
 _BEYOND = 1.5  # an update of 1.5 times its bound is refused, whatever its form (docs/checks.md)
-
-# Standard deviation of rounding to b bits, summed; see `_honest_norm`.
-_ROUNDING_SIGMAS = 6.0
 
 
 def make_plan(
@@ -220,7 +222,7 @@ def _layout(segment: Segment, clients: int, guard: int, check: NormCheck | None)
     norm = tolerance = least_base = 0
     shift = (2 * guard).bit_length()
     if check is not None and segment.norm_bound:
-        norm = _honest_norm(segment)
+        norm = honest_norm(segment)
         tolerance = check.tolerated * math.ceil(_BEYOND * norm)
         least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * norm)
         shift = max(shift, quietest_shift(norm, segment.values))
@@ -232,24 +234,6 @@ def _layout(segment: Segment, clients: int, guard: int, check: NormCheck | None)
     return Layout(
         segment.values, segment.max_abs, sum_abs, base, digits, shift, guard, norm, tolerance
     )
-
-
-def _honest_norm(segment: Segment) -> int:
-    """T: L2 norm, in quantisation steps, that an honest client's integers do not exceed.
-
-    Stochastic rounding of x adds p (1 - p) <= 1/4 to its square, p its fractional part; for
-    magnitudes below one the square becomes |x|. Over n coordinates with a mean square of t, that
-    is at most n sqrt(t) for t <= 1/4 and n (t + 1/4) beyond (the concave envelope). The sum strays
-    from that by a standard deviation of at most sqrt(2 n t + n / 2).
-    """
-    if isinstance(segment, IntegerSegment):
-        return math.ceil(segment.norm_bound)
-    count, energy = segment.values, (segment.norm_bound / segment.step) ** 2
-    mean = energy / count
-    expected = count * (math.sqrt(mean) if mean <= 0.25 else mean + 0.25)
-    stray = _ROUNDING_SIGMAS * math.sqrt(2 * energy + count / 2)
-    most = count * segment.max_abs**2
-    return math.ceil(math.sqrt(min(expected + stray, most)))
 
 
 def _most_digits(base: int, shift: int) -> int:

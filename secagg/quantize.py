@@ -32,6 +32,7 @@ __all__ = [
     "quantize_integers",
     "quantize_update",
     "rotated",
+    "rotated_weight",
     "unflatten",
 ]
 
@@ -208,6 +209,14 @@ def rotated(
         float32 of shape (segment.values,), of the same norm.
     """
     blocks = _spread(segment, vector, 1.0, 0.0)
+    _mix(blocks, rotation, segment)
+    return blocks.reshape(-1)
+
+
+def rotated_weight(segment: FloatSegment, rotation: bytes) -> NDArray[np.float32]:
+    """Where a weight comes to lie: float32 of shape (segment.values,), equal but for its signs."""
+    blocks = np.zeros((segment.rotations, segment.rotation_length), dtype=np.float32)
+    blocks[:, -1] = 1.0
     _mix(blocks, rotation, segment)
     return blocks.reshape(-1)
 

@@ -8,21 +8,38 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from secagg.parameters import RESIDUE_BYTES, RING_DEGREE, FloatSegment, Layout, NormCheck, Plan
+from secagg.parameters import (
+    RESIDUE_BYTES,
+    RING_DEGREE,
+    FloatSegment,
+    IntegerSegment,
+    Layout,
+    NormCheck,
+    Plan,
+    Segment,
+)
 
 __all__ = [
     "BLINDS",
+    "PROBED_BLOCKS",
     "SKETCH_SIGMAS",
     "SMALLEST_DIRECTION",
-    "DirectionShape",
     "NormShape",
+    "ProbeShape",
     "Shape",
     "direction_shape",
+    "honest_norm",
     "noise_energy",
+    "noise_spread",
     "norm_shapes",
+    "probe_noise_energy",
     "quietest_shift",
     "sketch_bytes",
+    "weight_shapes",
 ]
+
+PROBED_BLOCKS = 8
+"""Random blocks that a row of a probe looks at, at the most; each costs a transform."""
 
 BLINDS = 2
 """Short random polynomials in one sketch; each block is multiplied by a random mix of them."""
@@ -42,8 +59,10 @@ _NOISE_SHARE = 1e-3
 _ERROR_VARIANCE = 10.5  # of an upload's errors, see `sampling`
 _KEY_ENERGY = RING_DEGREE * 2 / 3  # of a uniform ternary key
 
-_SAMPLED = 6144  # coordinates of a direction that are looked at, at the most
+_SAMPLED = 6144  # coordinates of a direction that are looked at, at the least if there are so many
+_SAMPLED_OF_A_WEIGHT = 2048
 _LONGEST_PROBE = 4096
+_ROUNDING_SIGMAS = 6.0
 _MAX_PROBES = 8
 
 SMALLEST_DIRECTION = 2 * RING_DEGREE
@@ -95,6 +114,11 @@ def noise_energy(layout: Layout, shape: Shape) -> float:
     return float(_noise_energy(shape.dropped, layout.blocks)) / (1 << 2 * layout.shift)
 
 
+def noise_spread(layout: Layout, shape: Shape) -> float:
+    """Standard deviation of what noise adds to an estimate of the squared norm."""
+    return noise_energy(layout, shape) * math.sqrt(2 / (shape.rows * shape.values))
+
+
 def _quiet(norm: int, shift: int, dropped: int, blocks: int) -> bool:
     limit = _NOISE_SHARE * 4.0**shift * norm**2
     return _noise_energy(dropped, blocks) <= limit
@@ -138,12 +162,12 @@ def _norm_shape(segment: int, layout: Layout, check: NormCheck) -> NormShape:
 
 
 @dataclass(frozen=True, slots=True)
-class DirectionShape(Shape):
-    """Rows that compare an update with a known direction, a few for each digit.
+class ProbeShape(Shape):
+    """Rows that compare one segment with a known direction, as many for each digit that is used.
 
     Attributes:
-        segment: index of the float segment.
-        digits: that rows take turns with; those that some block fills.
+        segment: its index.
+        digits: that hold coordinates; row i is about digit i % digits.
         sampled: coordinates in one row, on average.
     """
 
@@ -151,23 +175,70 @@ class DirectionShape(Shape):
     digits: int
     sampled: int
 
+    @property
+    def coordinates(self) -> int:
+        """Coordinates in all rows, on average."""
+        return self.rows * self.sampled
 
-def direction_shape(plan: Plan) -> DirectionShape | None:
+
+def _probe_shape(segment: int, layout: Layout, wanted: int) -> ProbeShape:
+    # A short segment leaves digits empty, or nearly so: a row would find too little there.
+    digits = max(1, min(layout.digits, layout.values // RING_DEGREE))
+    # Coordinates that all point one way must not overflow a digit.
+    longest = int(layout.base / (2 * layout.norm / math.sqrt(layout.values)))
+    sampled = max(1, min(longest, _LONGEST_PROBE, layout.values // digits))
+    probes = min(_MAX_PROBES, math.ceil(wanted / (sampled * digits)))
+    return ProbeShape(digits * probes, 1, 1, segment, digits, sampled)
+
+
+def probe_noise_energy(layout: Layout, shape: ProbeShape) -> float:
+    """Mean square that noise adds to a shown value of a probe, in squared quantisation steps."""
+    # Places without a coordinate are filled: at most eight blocks' worth.
+    energy = _noise_energy(shape.dropped, PROBED_BLOCKS)
+    return energy / (1 << 2 * layout.shift)
+
+
+def weight_shapes(plan: Plan) -> list[ProbeShape]:
+    """The rows that measure the weight of each weighted segment whose norm is checked."""
+    return [
+        _probe_shape(shape.segment, plan.layouts[shape.segment], _SAMPLED_OF_A_WEIGHT)
+        for shape in norm_shapes(plan)
+        if isinstance(segment := plan.segments[shape.segment], FloatSegment) and segment.weighted
+    ]
+
+
+def direction_shape(plan: Plan) -> ProbeShape | None:
     """How a plan's direction check looks; None without one."""
     if plan.norm_check is None or plan.norm_check.min_cosine is None:
         return None
     index = [isinstance(segment, FloatSegment) for segment in plan.segments].index(True)
-    layout = plan.layouts[index]
-    # Coordinates that all point one way must not overflow a digit.
-    longest = int(layout.base / (4 * layout.norm / math.sqrt(layout.values)))
-    # A short segment leaves digits empty, or nearly so: a row would find too little there.
-    digits = min(layout.digits, layout.values // RING_DEGREE)
-    sampled = max(1, min(longest, _LONGEST_PROBE))
-    probes = min(_MAX_PROBES, math.ceil(_SAMPLED / (sampled * digits)))
-    return DirectionShape(digits * probes, 1, 1, index, digits, sampled)
+    return _probe_shape(index, plan.layouts[index], _SAMPLED)
 
 
 def sketch_bytes(plan: Plan, *, direction: bool) -> int:
     """Exact bytes of one upload's sketch; with the rows of the direction check or without."""
-    extra = direction_shape(plan) if direction else None
-    return sum(shape.bytes for shape in norm_shapes(plan)) + (extra.bytes if extra else 0)
+    shapes: list[Shape] = [*norm_shapes(plan), *weight_shapes(plan)]
+    if direction and (extra := direction_shape(plan)):
+        shapes.append(extra)
+    return sum(shape.bytes for shape in shapes)
+
+
+def honest_norm(segment: Segment, weight: float = 1.0) -> int:
+    """T: L2 norm, in quantisation steps, that an honest client's integers do not exceed.
+
+    Stochastic rounding of x adds p (1 - p) <= 1/4 to its square, p its fractional part; for
+    magnitudes below one the square becomes |x|. Over n coordinates with a mean square of t, that
+    is at most n sqrt(t) for t <= 1/4 and n (t + 1/4) beyond (the concave envelope). The sum strays
+    from that by a standard deviation of at most sqrt(2 n t + n / 2).
+
+    Args:
+        weight: of the client, in [0, 1], where the segment is weighted.
+    """
+    if isinstance(segment, IntegerSegment):
+        return math.ceil(segment.norm_bound)
+    count, energy = segment.values, (weight * segment.norm_bound / segment.step) ** 2
+    mean = energy / count
+    expected = count * (math.sqrt(mean) if mean <= 0.25 else mean + 0.25)
+    stray = _ROUNDING_SIGMAS * math.sqrt(2 * energy + count / 2)
+    most = count * segment.max_abs**2
+    return math.ceil(math.sqrt(min(expected + stray, most)))

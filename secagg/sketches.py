@@ -9,6 +9,8 @@ affordable on ciphertexts. For row i of a segment with blocks j:
   polynomials p_il, mixed anew for each block by random u, v in {-1, 0, 1}, two of them not zero. So
   each block is looked at through a multiplier of its own, for the price of two products a row.
 * The row's values are a few coefficients, at random places, of sum_j r_ij c_j.
+* A *probe* row has instead, for multipliers, the signs of a known direction on a random part of the
+  coordinates of a few random blocks, and one value: the sum of those coordinates.
 * The row's *mask* is sum_j r_ij a_j, with an error added and its lowest bytes cut off: with it, and
   with the client's key, the values open, up to noise that does not matter. To whoever does not know
   the multipliers, it is a sample of ring-LWE, that is, random.
@@ -34,22 +36,23 @@ from secagg import ring
 from secagg.context import RoundContext
 from secagg.direction import Direction
 from secagg.errors import ConfigurationError, MalformedError
-from secagg.parameters import MODULUS, RESIDUE_BYTES, RING_DEGREE, Plan
+from secagg.parameters import MODULUS, RESIDUE_BYTES, RING_DEGREE, FloatSegment, Plan
 from secagg.residues import halves, joined, multiply, reduced
 from secagg.sampling import Stream, coin_differences, uniform_polynomials
 from secagg.sketch_shape import (
     BLINDS,
-    DirectionShape,
+    PROBED_BLOCKS,
+    ProbeShape,
     Shape,
     direction_shape,
     norm_shapes,
     sketch_bytes,
+    weight_shapes,
 )
 
 __all__ = ["Rows", "Sketch", "sketch"]
 
 _PASS_BLOCKS = 128  # that are in floating point at a time
-_PROBED_BLOCKS = 8  # of a direction's row, each at the price of a transform
 _POSITION_BYTES = 2
 
 
@@ -124,17 +127,19 @@ class Sketch:
     Attributes:
         upload_digest: SHA-256 of the upload.
         norms: the rows that estimate the norm of each segment that is checked, in the plan's order.
+        weights: the rows that measure the weight of each weighted one of these.
         direction: the rows that compare it with the direction of the round before; None without.
     """
 
     upload_digest: bytes
     norms: tuple[Rows, ...] = field(repr=False)
+    weights: tuple[Rows, ...] = field(repr=False, default=())
     direction: Rows | None = field(repr=False, default=None)
 
     def to_bytes(self) -> bytes:
         """All rows, one run after the other; `sketch_shape.sketch_bytes` of them."""
         direction = () if self.direction is None else (self.direction,)
-        return b"".join(rows.to_bytes() for rows in (*self.norms, *direction))
+        return b"".join(rows.to_bytes() for rows in (*self.norms, *self.weights, *direction))
 
     @property
     def digest(self) -> bytes:
@@ -149,7 +154,7 @@ class Sketch:
             MalformedError: no size that the plan allows, or a number out of range.
             ConfigurationError: the plan has no norm check.
         """
-        shapes: list[Shape] = list(norm_shapes(plan))
+        shapes: list[Shape] = [*norm_shapes(plan), *weight_shapes(plan)]
         if not shapes:
             raise ConfigurationError("expected a plan with a norm check; this one has none")
         extra = direction_shape(plan)
@@ -201,20 +206,34 @@ def sketch(
         )
         for shape in shapes
     ]
+    for probe in weight_shapes(plan):
+        randomness = Stream.derive("sketch weight", key, upload_digest, probe.segment)
+        weight = Direction.of_weight(_floats(plan, probe), context.rotation)
+        looks.append(_Probe(plan, probe, weight, randomness))
     extra = direction_shape(plan)
     if extra is not None and direction is not None:
         randomness = Stream.derive("sketch direction", key, upload_digest)
-        looks.append(_DirectionLook(plan, extra, direction, randomness))
+        looks.append(_Probe(plan, extra, direction, randomness))
     for start, uploaded, public in _passes(context, chunks):
         for look in looks:
             look.add(start, uploaded, public)
     return Sketch(upload_digest, *_sorted_rows(plan, [look.rows() for look in looks]))
 
 
-def _sorted_rows(plan: Plan, rows: list[Rows]) -> tuple[tuple[Rows, ...], Rows | None]:
-    """Those of the norms, one run a segment, and those of the direction, if any."""
-    count = len(norm_shapes(plan))
-    return tuple(rows[:count]), rows[count] if rows[count:] else None
+def _floats(plan: Plan, probe: ProbeShape) -> FloatSegment:
+    segment = plan.segments[probe.segment]
+    if not isinstance(segment, FloatSegment):
+        raise TypeError("only segments of floats are weighted")
+    return segment
+
+
+def _sorted_rows(
+    plan: Plan, rows: list[Rows]
+) -> tuple[tuple[Rows, ...], tuple[Rows, ...], Rows | None]:
+    """Those of the norms, those of the weights, and those of the direction, if any."""
+    first = len(norm_shapes(plan))
+    second = first + len(weight_shapes(plan))
+    return tuple(rows[:first]), tuple(rows[first:second]), rows[second] if rows[second:] else None
 
 
 def _passes(
@@ -293,32 +312,26 @@ class _NormLook:
         return reduced(out)
 
 
-class _DirectionLook:
+class _Probe:
     """Rows that sum the coordinates of one digit with the signs of a known direction.
 
     Each looks at a random part of the coordinates of a few random blocks, so that an update cannot
     be made to please it, and the sum fits into a digit.
     """
 
-    def __init__(
-        self, plan: Plan, shape: DirectionShape, direction: Direction, stream: Stream
-    ) -> None:
+    def __init__(self, plan: Plan, shape: ProbeShape, direction: Direction, stream: Stream) -> None:
         self._shape, self._stream = shape, stream
         layout = plan.layouts[shape.segment]
         first = list(plan.block_ranges())[shape.segment][2].start
         self._multipliers: list[tuple[int, int, NDArray[np.int64]]] = []
         for row in range(shape.rows):
-            digit = row % shape.digits
-            signs = direction.of_digit(layout, digit)
+            signs = direction.of_digit(layout, row % shape.digits)
             filled = np.flatnonzero(signs.any(axis=1))
             order = np.argsort(stream.uint64(filled.size), kind="stable")
-            chosen = filled[order[:_PROBED_BLOCKS]]
-            kept = stream.uint32(chosen.size * RING_DEGREE).reshape(-1, RING_DEGREE)
-            chance = shape.sampled / np.count_nonzero(signs[chosen])
-            signs = signs[chosen] * (kept < min(chance, 1.0) * 2.0**32)
+            chosen = filled[order[:PROBED_BLOCKS]]
             self._multipliers += [
                 (first + int(block), row, _reversed(part))
-                for block, part in zip(chosen, signs, strict=True)
+                for block, part in zip(chosen, _thinned(signs[chosen], shape, stream), strict=True)
             ]
         self._sums = np.zeros((2, shape.rows, RING_DEGREE), dtype=np.uint64)
 
@@ -337,6 +350,18 @@ class _DirectionLook:
         positions = np.zeros((self._shape.rows, 1), dtype=np.uint16)
         masks = _cut(public, self._shape.dropped, self._stream)
         return Rows(self._shape, positions, uploaded[:, :1], masks)
+
+
+def _thinned(signs: NDArray[np.int64], shape: ProbeShape, stream: Stream) -> NDArray[np.int64]:
+    """A random part of the signs, and random weights where there is nothing to sum up.
+
+    An honest upload is zero there, in the digit that the row is about; and the fewer coordinates
+    a segment has, the more there is in a multiplier that nobody can guess.
+    """
+    kept = stream.uint32(signs.size).reshape(signs.shape)
+    chance = min(shape.sampled / np.count_nonzero(signs), 1.0)
+    filling = coin_differences(stream, signs.shape)
+    return np.where(signs == 0, filling, signs * (kept < chance * 2.0**32))
 
 
 def _mix_table() -> NDArray[np.float64]:
