@@ -13,7 +13,7 @@ The derivation, for n clients whose honest integers are at most V (see docs/ciph
 With a norm check (docs/checks.md), for honest norms of at most T and f clients that break the plan:
 
 * R = n V + f 1.5 T, and G grows by 28 f: what the checks let through cannot stop a round.
-* B >= 8 (1 + margin) T: a sketch of an accepted update stays within a digit at four sigma.
+* B >= 9 (1 + margin) T: a sketch of an accepted update stays within a digit at 4.5 sigma.
 * 2**s is large enough for a sketch's own noise to be lost in the norm.
 """
 

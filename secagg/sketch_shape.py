@@ -44,8 +44,11 @@ PROBED_BLOCKS = 8
 BLINDS = 2
 """Short random polynomials in one sketch; each block is multiplied by a random mix of them."""
 
-SKETCH_SIGMAS = 4.0
-"""Standard deviations of an accepted update's sketch that fit into half a digit."""
+SKETCH_SIGMAS = 4.5
+"""Standard deviations of an accepted update's sketch that fit into half a digit.
+
+With 16 sketches, a shift by half a digit that a single row sees is then more than is accepted.
+"""
 
 # Values that an estimate averages over, at the least: over all digits, and in each by itself, where
 # an update may have all its energy. Its standard deviation is 3 to 4.5 % of the norm.
@@ -62,6 +65,7 @@ _KEY_ENERGY = RING_DEGREE * 2 / 3  # of a uniform ternary key
 _SAMPLED = 6144  # coordinates of a direction that are looked at, at the least if there are so many
 _SAMPLED_OF_A_WEIGHT = 2048
 _LONGEST_PROBE = 4096
+_PROBE_ROOM = 2.5  # of a digit, over the largest sum; it has two halves, and sums stray
 _ROUNDING_SIGMAS = 6.0
 _MAX_PROBES = 8
 
@@ -181,11 +185,13 @@ class ProbeShape(Shape):
         return self.rows * self.sampled
 
 
-def _probe_shape(segment: int, layout: Layout, wanted: int) -> ProbeShape:
+def _probe_shape(segment: int, layout: Layout, check: NormCheck, wanted: int) -> ProbeShape:
     # A short segment leaves digits empty, or nearly so: a row would find too little there.
     digits = max(1, min(layout.digits, layout.values // RING_DEGREE))
-    # Coordinates that all point one way must not overflow a digit.
-    longest = int(layout.base / (2 * layout.norm / math.sqrt(layout.values)))
+    # All that the norm check lets through, in one digit and in line with the direction, must not
+    # overflow that digit: it would point the other way.
+    densest = (1 + check.margin) * layout.norm * math.sqrt(digits / layout.values)
+    longest = int(layout.base / (_PROBE_ROOM * densest))
     sampled = max(1, min(longest, _LONGEST_PROBE, layout.values // digits))
     probes = min(_MAX_PROBES, math.ceil(wanted / (sampled * digits)))
     return ProbeShape(digits * probes, 1, 1, segment, digits, sampled)
@@ -200,10 +206,13 @@ def probe_noise_energy(layout: Layout, shape: ProbeShape) -> float:
 
 def weight_shapes(plan: Plan) -> list[ProbeShape]:
     """The rows that measure the weight of each weighted segment whose norm is checked."""
+    check = plan.norm_check
     return [
-        _probe_shape(shape.segment, plan.layouts[shape.segment], _SAMPLED_OF_A_WEIGHT)
+        _probe_shape(shape.segment, plan.layouts[shape.segment], check, _SAMPLED_OF_A_WEIGHT)
         for shape in norm_shapes(plan)
-        if isinstance(segment := plan.segments[shape.segment], FloatSegment) and segment.weighted
+        if check is not None
+        and isinstance(segment := plan.segments[shape.segment], FloatSegment)
+        and segment.weighted
     ]
 
 
@@ -212,7 +221,7 @@ def direction_shape(plan: Plan) -> ProbeShape | None:
     if plan.norm_check is None or plan.norm_check.min_cosine is None:
         return None
     index = [isinstance(segment, FloatSegment) for segment in plan.segments].index(True)
-    return _probe_shape(index, plan.layouts[index], _SAMPLED)
+    return _probe_shape(index, plan.layouts[index], plan.norm_check, _SAMPLED)
 
 
 def sketch_bytes(plan: Plan, *, direction: bool) -> int:

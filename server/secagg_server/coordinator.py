@@ -330,7 +330,16 @@ class Coordinator:
             residues, aggregate_ms = await self._checked_sum(row, context, manifest)
         names = [admission.receipt.upload_digest for admission in manifest]
         started = time.perf_counter()
-        answer = await self._released(context, names, residues)
+        try:
+            answer = await self._released(context, names, residues)
+        except StorageError:
+            raise  # asked again, for the same sum
+        except SecaggError as error:
+            # The key holder has had the sum. At another attempt, its verdicts could choose a cohort
+            # without somebody, and from two sums over the same updates it could read that one off.
+            self._store.void_round(row.key, _reason(error))
+            _LOG.warning("round_void", round=row.round_number, why=error.reason)
+            return await self._forget(row.task_id)
         release_ms = (time.perf_counter() - started) * 1000
         failpoint("release-received")
         release = Release(context.plan, context.rotation, answer.contributors, answer.sums)

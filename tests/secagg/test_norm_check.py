@@ -282,7 +282,7 @@ def test_half_a_base_on_every_coefficient_shows_in_half_of_the_rows(plan: Plan) 
 
 def test_the_margin_of_a_digit_holds_what_may_pass() -> None:
     layout = ONE_BLOCK.layouts[0]
-    assert layout.base >= 8 * 1.2 * layout.norm
+    assert layout.base >= 9 * 1.2 * layout.norm
 
 
 # --- several segments -----------------------------------------------------------------------------

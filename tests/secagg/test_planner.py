@@ -385,8 +385,8 @@ def checked_layout_is_exact(layout: Layout, plan: Plan) -> None:
     assert grid * base ** (layout.digits - 1) * (4 * big_r + 2) <= MODULUS
     span = grid * big_r * Fraction(base**layout.digits - 1, base - 1) + Fraction(grid, 2)
     assert span < Fraction(MODULUS, 2)
-    # An accepted row at four standard deviations is within half a digit.
-    assert base >= 8 * (1 + Fraction(check.margin)) * layout.norm
+    # An accepted row at 4.5 standard deviations is within half a digit.
+    assert base >= 9 * (1 + Fraction(check.margin)) * layout.norm
     # The guard holds an honest cohort's noise, and what the noise audit cannot name.
     unchecked = make_plan(plan.segments, max_clients=n, min_clients=plan.min_clients)
     assert layout.guard == unchecked.layouts[0].guard + 28 * check.tolerated

@@ -16,7 +16,7 @@ from scipy.linalg import hadamard
 from secagg import quantize as quantizer
 from secagg.errors import InputError, NonFiniteError, PlanError, SchemaError
 from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, TensorSpec
-from secagg.planner import _honest_norm, make_plan, plan_tensors
+from secagg.planner import make_plan, plan_tensors
 from secagg.quantize import (
     dequantize_integers,
     dequantize_update,
@@ -27,6 +27,7 @@ from secagg.quantize import (
     unflatten,
 )
 from secagg.sampling import Stream, signs
+from secagg.sketch_shape import honest_norm
 
 ROTATION = bytes(range(32))
 
@@ -577,7 +578,7 @@ def honest_vectors(size: int, seed: int) -> dict[str, NDArray[np.float32]]:
 @pytest.mark.parametrize("size", [1, 2, 7, 100, 1024, 5000, 100_000])
 def test_no_honest_norm_exceeds_the_planned_one(size: int, bits: int, cap: int) -> None:
     segment = vector_segment(size, bits=bits, cap=cap)
-    bound = _honest_norm(segment)
+    bound = honest_norm(segment)
     largest = 0.0
     for seed in range(1 if size > 10_000 else 4):
         for vector in honest_vectors(size, seed).values():
@@ -595,11 +596,30 @@ def test_no_honest_norm_exceeds_the_planned_one(size: int, bits: int, cap: int) 
         assert largest > 0.9 * bound
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("samples", [1, 3, 10, 50])
+def test_a_client_of_less_weight_keeps_to_a_smaller_norm(samples: int, bits: int) -> None:
+    for size in (5, 1000, 9000):
+        segment = vector_segment(size, bits=bits, cap=10)
+        weight = min(samples / 10, 1.0)
+        bound = honest_norm(segment, weight)
+        assert bound <= honest_norm(segment)
+        for seed, vector in enumerate(honest_vectors(size, 7).values()):
+            done = quantize_update(
+                segment,
+                {"vector": vector},
+                samples=samples,
+                rotation=ROTATION,
+                rounding=seeded(seed),
+            )
+            assert np.linalg.norm(done.values) <= bound
+
+
 @pytest.mark.parametrize("cap", [0, 10])
 def test_the_planned_norm_is_that_one(cap: int) -> None:
     segment = vector_segment(3000, cap=cap)
     plan = make_plan([segment], max_clients=5, norm_check=NormCheck())
-    assert plan.layouts[0].norm == _honest_norm(segment)
+    assert plan.layouts[0].norm == honest_norm(segment)
 
 
 @settings(deadline=None, max_examples=60)
@@ -615,7 +635,7 @@ def test_no_random_updates_norm_exceeds_the_planned_one(
     size: int, bits: int, weighted: bool, samples: int, seed: int, exponent: float
 ) -> None:
     segment = vector_segment(size, bits=bits, cap=10 if weighted else 0)
-    bound = _honest_norm(segment)
+    bound = honest_norm(segment)
     drawn = np.random.default_rng(seed)
     vector = drawn.standard_normal(size) * np.exp(exponent * drawn.standard_normal(size))
     norm = np.linalg.norm(vector)
@@ -633,7 +653,7 @@ def test_rounding_up_everywhere_at_its_worst_place_stays_within_the_expected_nor
     # By the law itself: the mean square of the stochastic rounding of x is x^2 + p (1 - p).
     for bits in (2, 3, 8):
         segment = vector_segment(4096, bits=bits)
-        bound = _honest_norm(segment)
+        bound = honest_norm(segment)
         energy = (segment.norm_bound / segment.step) ** 2
         for share in np.linspace(0.01, 1.0, 60):
             # All of the energy on a share of the coordinates, equal magnitudes.

@@ -73,13 +73,16 @@ def test_direction_rows_find_what_they_look_for(plan: Plan) -> None:
     assert (shape.segment, shape.values) == (0, 1)
     assert 1 <= shape.digits <= layout.digits
     assert shape.rows % shape.digits == 0
+    assert shape.coordinates == shape.rows * shape.sampled
     # Each digit that is looked at holds as many coordinates as a row wants, in one block even.
     last_digit_of_first_block = layout.values - (shape.digits - 1) * 4096
     assert 1 <= shape.sampled <= min(4096, last_digit_of_first_block)
-    # Coordinates of the largest honest update, all in line, stay within half a digit.
-    assert shape.sampled * layout.norm / math.sqrt(layout.values) <= max(
-        layout.base / 4, layout.max_abs
-    )
+    # All that the norm check lets through, in one digit and in line, stays within half of it, with
+    # room for how the number of coordinates in a row strays.
+    assert plan.norm_check is not None
+    norm = (1 + plan.norm_check.margin) * layout.norm
+    largest = norm * math.sqrt(shape.digits / layout.values)
+    assert shape.sampled == 1 or shape.sampled * largest <= layout.base / 2.5
     assert shape.bytes == shape.rows * (9 + 4096 * 6)
 
 

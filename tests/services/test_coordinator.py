@@ -356,7 +356,28 @@ async def next_round(server: Server) -> tuple[int, int]:
 CALLS = ["open_round", "judge", "release"]
 
 
-@pytest.mark.parametrize("call", CALLS)
+def test_a_key_holder_that_stays_away_with_the_sum_costs_the_round(tmp_path: Path) -> None:
+    """It may have had the sum: another one, over another cohort, could tell the two apart."""
+
+    async def work() -> None:
+        key_holder = LocalKeyHolder()
+        key_holder.fail("release", DOWN, times=KEY_HOLDER_ATTEMPTS)
+        async with running(tmp_path, key_holder) as server:
+            server.create(task(rounds=1))
+            current = await server.collecting(1, 1)
+            server.send_all(current.context, range(3))
+            server.clock.advance(DEADLINE_S)
+            row = await server.ended(1, 1)
+            assert (row.state, row.reason) == (RoundState.ABORTED, f"UNAVAILABLE: {DOWN}")
+            assert await server.task_ended() == (TaskState.FINISHED, "")
+            assert key_holder.calls.count("release") == KEY_HOLDER_ATTEMPTS
+            assert server.store.attempts("task", 1) == 1
+            assert server.store.task("task").model_version == 0
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("call", ["open_round", "judge"])
 def test_a_key_holder_that_stays_away_costs_an_attempt(call: str, tmp_path: Path) -> None:
     async def work() -> None:
         key_holder = LocalKeyHolder()

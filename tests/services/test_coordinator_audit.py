@@ -228,6 +228,17 @@ async def test_logs_of_an_audit_name_no_client(folder: Path) -> None:
 # --- audits that cannot save the attempt ----------------------------------------------------------
 
 
+async def voided(server: Server, reason: str) -> RoundRow:
+    """The round's record: the key holder has had its sum, and is given no other one of it."""
+    row = await server.ended(1, 1)
+    assert (row.state, row.reason.partition(":")[0]) == (RoundState.ABORTED, reason)
+    assert server.store.task("task").rounds_done == 1
+    assert server.store.task("task").model_version == 0
+    assert server.store.attempts("task", 1) == 1
+    assert not (server.folder / "sums").exists()
+    return row
+
+
 async def aborted(server: Server, reason: str) -> RoundRow:
     """The first attempt's record; the next attempt is done by honest clients."""
     row = await server.ended(1, 1)
@@ -256,15 +267,15 @@ async def test_with_too_few_left_after_the_audit_the_attempt_is_aborted(folder: 
 
 
 @scenario
-async def test_an_upload_out_of_range_costs_the_attempt_and_starts_no_audit(folder: Path) -> None:
+async def test_an_upload_out_of_range_costs_the_round_and_starts_no_audit(folder: Path) -> None:
     """Its noise is honest: only the sum itself shows it, and no second one is sent after that."""
     async with running(folder) as server:
         server.create(task())
         context = await collect(server, lie=cohort.out_of_range)
-        row = await aborted(server, "RELEASE_REFUSED")
+        row = await voided(server, "RELEASE_REFUSED")
         assert not row.audited
         assert "audit" not in server.key_holder.calls
-        assert server.key_holder.calls.count("release") == 1 + 1
+        assert server.key_holder.calls.count("release") == 1
         assert server.key_holder.closed == [context]
         assert {state for state, _ in standing(server, context).values()} == {UploadState.ACCEPTED}
 
@@ -290,14 +301,14 @@ async def test_clients_that_push_together_are_named_by_nobody_and_cost_the_attem
 
 
 @scenario
-async def test_a_second_refusal_after_the_audit_ends_the_attempt(folder: Path) -> None:
+async def test_a_second_refusal_after_the_audit_ends_the_round(folder: Path) -> None:
     """One off the grid hides one out of range: the audit finds the first, the sum is still shut."""
     async with running(folder) as server:
         server.create(task())
         context = (await server.collecting()).context
         server.send(context, cohort.out_of_range(context, 4))
         await collect(server)
-        await aborted(server, "RELEASE_REFUSED")
+        await voided(server, "RELEASE_REFUSED")
         rejected = standing(server, context)
         assert rejected[cohort.identity(1).public] == (UploadState.REJECTED, "OFF_GRID")
         assert rejected[cohort.identity(4).public] == (UploadState.ACCEPTED, "")

@@ -484,7 +484,9 @@ def test_a_key_holder_that_restarts_costs_nothing(call: str, moment: str, tmp_pa
     asyncio.run(work())
 
 
-@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize(
+    ("call", "moment"), [moment for moment in MOMENTS if moment != ("release", "before")]
+)
 def test_a_key_holder_that_loses_its_state_costs_the_attempt_it_had_a_key_for(
     call: str, moment: str, tmp_path: Path
 ) -> None:
@@ -499,6 +501,21 @@ def test_a_key_holder_that_loses_its_state_costs_the_attempt_it_had_a_key_for(
             verify_result(server, context)
 
     asyncio.run(work())
+
+
+@scenario
+async def test_a_key_holder_that_loses_its_state_with_the_sum_in_hand_costs_the_round(
+    folder: Path,
+) -> None:
+    """It has had a sum of this round; another one over another cohort could tell them apart."""
+    async with running(folder, Faltering("release", "before", loses=True)) as server:
+        server.create(task(rounds=1))
+        await to_the_end(server)
+        row = await server.ended(1, 1)
+        assert row.reason.startswith("ROUND_CLOSED: ")
+        assert await server.task_ended() == (TaskState.FINISHED, "")
+        assert server.store.attempts("task", 1) == 1
+        assert server.store.task("task").model_version == 0
 
 
 @scenario
