@@ -114,7 +114,10 @@ def _quality(results: dict[str, Any]) -> str:
         "draws) and all items. One such split has a standard error of about 1.5 points. "
         f"Training alone was best in round {best['round']}, with HR@10 {best['hr10']:.3f}. "
         f"Encrypting took a client {encrypt_ms:.0f} ms and {results['upload_bytes'] / 1000:.0f} "
-        f"kB a round, beside {train_ms:.0f} ms of training, all clients on one machine. From "
+        f"kB a round, beside {train_ms:.0f} ms of training, all clients on one machine. "
+        f"{results['poisoners']} further client sent its update times -10 in every round; the norm "
+        f"check refused {results['poison_refused']} of "
+        f"{results['poisoners'] * results['rounds']}, and no sum holds any of it. From "
         "[bench/results/demo.json](bench/results/demo.json), written by `secagg demo`."
     )
     head = "| MovieLens 100K | HR@10 | NDCG@10 | HR@10, all items | NDCG@10, all items |"

@@ -140,6 +140,27 @@ def test_the_norm_is_checked_all_the_same() -> None:
     assert passes(plan, NO_KEY, replace(made, norms=sketched(plan, known_of(plan), 1).norms))
 
 
+@pytest.mark.parametrize("form", ["flat", "one digit"])
+@pytest.mark.parametrize("norm", [0.3, 0.8, 1.0, 1.1, 1.15])
+def test_no_sum_folds_over_into_the_other_direction(form: str, norm: float) -> None:
+    """Within the norm check's margin, against the direction with all that there is."""
+    for size in (9000, 60_000):
+        plan = plan_of(size)
+        layout = plan.layouts[0]
+        slots = np.zeros((layout.blocks, layout.digits, 4096))
+        slots.reshape(-1)[: layout.values] = -direction_of(plan).signs
+        if form == "one digit":
+            slots[:, 1:] = 0
+        slots *= norm * layout.norm / np.linalg.norm(slots)
+        values = np.rint(slots.reshape(-1)[: layout.values]).astype(np.int64)
+        residues = ring.to_ntt(pack(layout, values))
+        for number in range(4):
+            key = Stream.derive("test challenge", number).read(32)
+            made = sketch(context_of(plan), key, [residues], key, direction_of(plan))
+            assert cosine_of(plan, made) < -0.5
+            assert not passes(plan, NO_KEY, made)
+
+
 def test_without_a_direction_only_the_norm_counts() -> None:
     plan = plan_of(9000)
     context = context_of(plan)

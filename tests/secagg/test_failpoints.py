@@ -58,7 +58,7 @@ def test_no_other_point_kills(name: str | None) -> None:
 
 
 def test_every_point_kills() -> None:
-    """One process, forked for every name: sixteen interpreters take long to start."""
+    """One process, forked for every name: twenty interpreters take long to start."""
     code = """
 import os, signal
 from secagg import failpoints

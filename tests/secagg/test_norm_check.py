@@ -19,6 +19,7 @@ from secagg import ring
 from secagg.aggregator import Aggregator
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
+from secagg.direction import Direction
 from secagg.encryptor import Encryptor, encrypt_quantized
 from secagg.errors import (
     ClosedError,
@@ -157,6 +158,56 @@ def test_an_update_of_zeros_passes() -> None:
     for plan in (ONE_BLOCK, VOTES):
         zeros = np.zeros((plan.blocks, 4096), dtype=np.uint64)
         assert passes(plan, NO_KEY, sketched(plan, zeros, 1))
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def weighted(update_share: float, weight: float, number: int) -> Values:
+    """Integers of an update of this norm, in clip norms, with a weight of this size."""
+    plan, layout = WEIGHTED, WEIGHTED.layouts[0]
+    segment = plan.segments[0]
+    assert isinstance(segment, FloatSegment)
+    flat = Direction.of_weight(segment, context_of(plan).rotation).signs / layout.values**0.5
+    other = np.random.default_rng(number).standard_normal(layout.values)
+    other -= flat * (other @ flat)
+    other *= update_share / np.linalg.norm(other)
+    return np.rint((other + weight * flat) * segment.clip / segment.step).astype(np.int64)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 10])
+def test_honest_clients_of_any_weight_are_never_refused(samples: int) -> None:
+    for number in range(25):
+        parts = update(WEIGHTED, number, samples=samples)
+        assert passes(WEIGHTED, NO_KEY, judged(WEIGHTED, packed(WEIGHTED, parts), number))
+
+
+@pytest.mark.parametrize(
+    ("update_share", "weight"),
+    [
+        (1.0, 0.0),  # an update without a weight: a vote that is not counted
+        (1.0, 0.1),
+        (1.0, -1.0),
+        (0.3, -0.3),
+        (0.0, -1.0),  # nothing but a weight to be taken off everybody's
+        (0.0, -1.5),
+        (0.0, 2.2),
+        (1.6, 1.0),
+    ],
+)
+def test_updates_that_their_weight_does_not_allow_are_refused(
+    update_share: float, weight: float
+) -> None:
+    for number in range(12):
+        values = weighted(update_share, weight, number)
+        assert not passes(WEIGHTED, NO_KEY, judged(WEIGHTED, packed(WEIGHTED, [values]), number))
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.5, 1.0])
+def test_updates_as_long_as_their_weight_allows_are_accepted(weight: float) -> None:
+    for number in range(12):
+        values = weighted(weight, weight, number)
+        assert passes(WEIGHTED, NO_KEY, judged(WEIGHTED, packed(WEIGHTED, [values]), number))
 
 
 # --- those that are too large ---------------------------------------------------------------------

@@ -37,7 +37,14 @@ from secagg.parameters import (
 from secagg.planner import make_plan, plan_integers, plan_tensors
 from secagg.residues import multiply
 from secagg.sampling import Stream, coin_differences, uniform_polynomials
-from secagg.sketch_shape import Shape, direction_shape, noise_energy, norm_shapes, sketch_bytes
+from secagg.sketch_shape import (
+    Shape,
+    direction_shape,
+    noise_energy,
+    norm_shapes,
+    sketch_bytes,
+    weight_shapes,
+)
 from secagg.sketches import Rows, Sketch, sketch
 
 CHECK = NormCheck()
@@ -572,6 +579,25 @@ def test_a_directions_rows_sum_coordinates_of_one_digit_with_its_signs() -> None
         reach = 8 * math.sqrt(shape.sampled)
         assert (np.abs(found[mine, digit] - shape.sampled) < reach).all()
         assert not np.delete(found, digit, axis=1).any()
+
+
+def test_a_weights_rows_measure_the_weight() -> None:
+    """A plaintext of nothing but a weight: each row sums up as many coordinates as it looks at."""
+    plan = make_plan([VOTES, UPDATE], max_clients=5, norm_check=CHECK)
+    (shape,), context = weight_shapes(plan), KeyHolder(plan).context
+    assert shape.segment == 1
+    layout = plan.layouts[1]
+    flat = Direction.of_weight(UPDATE, context.rotation).signs.astype(np.int64)
+    plaintext = packed(plan, [np.zeros(300, dtype=np.int64), 5 * flat])
+    made = sketch(context, UPLOAD, [ring.to_ntt(plaintext)], KEY)
+    (rows,) = made.weights
+    found = _digits(layout, rows, np.zeros(4096, dtype=np.int64))[:, :, 0]
+    mine = found[np.arange(shape.rows), np.arange(shape.rows) % shape.digits]
+    assert (np.abs(mine - 5 * shape.sampled) <= 5 * 8 * math.sqrt(shape.sampled)).all()
+    data = made.to_bytes()
+    assert len(data) == sketch_bytes(plan, direction=False)
+    assert Sketch.from_bytes(plan, UPLOAD, data).digest == made.digest
+    assert same_rows(Sketch.from_bytes(plan, UPLOAD, data).weights[0], rows)
 
 
 def test_a_sketch_shows_nothing_of_its_numbers() -> None:
