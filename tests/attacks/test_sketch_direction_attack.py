@@ -12,15 +12,16 @@ from math import sqrt
 import numpy as np
 import pytest
 from attacker import Integers, named
-from sketch_views import encrypted, fixed_context, multiplied, opened, public
+from sketch_views import encrypted, fixed_context, opened
 
 from secagg.direction import Direction
+from secagg.errors import PlanError
 from secagg.norm_check import _cosine, _energy
 from secagg.onetime import secret
-from secagg.parameters import MODULUS, RING_DEGREE, FloatSegment, NormCheck
+from secagg.parameters import RING_DEGREE, FloatSegment, NormCheck
 from secagg.planner import plan_tensors
 from secagg.quantize import rotated
-from secagg.sketch_shape import direction_shape, sketch_bytes
+from secagg.sketch_shape import SMALLEST_DIRECTION, direction_shape, sketch_bytes
 from secagg.sketches import Sketch, sketch
 
 SIZE = 6 * RING_DEGREE
@@ -86,27 +87,8 @@ def test_without_it_nothing_that_is_shown_follows_the_cosine() -> None:
         assert abs(np.corrcoef(cosines, told.reshape(-1))[0, 1]) < 5.3 / sqrt(cosines.size)
 
 
-def test_of_a_tiny_model_it_can_guess_which_coordinates_were_compared() -> None:
-    """Known limit: signs are public, and 16 coordinates are few. It then has exact sums of some.
-
-    A mask hides a multiplier as long as it has thousands of unknown coefficients.
-    """
-    plan = plan_tensors(16, max_clients=8, clip=1.0, norm_check=NormCheck(min_cosine=-0.2))
-    context, (segment,) = fixed_context(plan), plan.segments
-    assert isinstance(segment, FloatSegment)
-    known = np.random.default_rng(2).normal(size=16).astype(np.float32)
-    direction = Direction.of(segment, known, context.rotation)
-    assert direction is not None
-    ciphertexts = encrypted(context, [np.arange(-8, 8)], SEED)
-    rows = sketch(context, UPLOAD, [ciphertexts], named("challenge"), direction).direction
-    assert rows is not None
-    # The multiplier w_0 - sum_i w_i X**(4096 - i), times a: four coefficients by each w_i.
-    monomials = -np.eye(RING_DEGREE, dtype=np.int64)[-np.arange(16) % RING_DEGREE]
-    monomials[0] *= -1
-    parts = multiplied(monomials, public(context))[:, :4] % MODULUS
-    guesses = (np.arange(1 << 16)[:, None] >> np.arange(16) & 1) * direction.signs[:16]
-    shift = np.uint64(8 * rows.shape.dropped)
-    for row in range(rows.shape.rows):
-        mask = (rows.masks[row, :4] << shift).astype(np.int64)
-        off = (guesses @ parts - mask + MODULUS // 2) % MODULUS - MODULUS // 2
-        assert np.count_nonzero((np.abs(off) < 2 << int(shift)).all(axis=1)) == 1
+def test_small_models_whose_coordinates_could_be_guessed_get_no_such_check() -> None:
+    """See test_sketch_weight_attack for how that is done."""
+    for parameters in (16, SMALLEST_DIRECTION - 1):
+        with pytest.raises(PlanError):
+            plan_tensors(parameters, max_clients=8, clip=1.0, norm_check=NormCheck(min_cosine=0.0))

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import pytest
 from attacker import Integers, named
 from scipy import stats
 from sketch_views import (
+    Floats,
     encrypted,
     fixed_context,
     likelihoods,
@@ -34,11 +36,20 @@ from sketch_views import (
     shown,
 )
 
-from secagg.parameters import RING_DEGREE, FloatSegment, NormCheck, Plan
-from secagg.planner import plan_integers, plan_tensors
+from secagg import quantize
+from secagg.errors import PlanError
+from secagg.parameters import (
+    RING_DEGREE,
+    FloatSegment,
+    IntegerSegment,
+    NormCheck,
+    Plan,
+    TensorSpec,
+)
+from secagg.planner import make_plan, plan_integers, plan_tensors
 from secagg.quantize import rotated
 from secagg.sketch_shape import Shape, noise_energy, norm_shapes
-from secagg.sketches import Rows
+from secagg.sketches import Rows, Sketch, sketch
 
 CHECK = NormCheck()
 PLAN = plan_tensors(3 * RING_DEGREE, max_clients=8, clip=1.0, norm_check=CHECK)
@@ -237,21 +248,31 @@ def worth(plan: Plan, values: Integers, number: int) -> float:
     return nats(layout, values, reordered(layout, values, number), positions_of(plan))
 
 
-def test_updates_of_few_parameters_stand_out_for_the_rotation_is_too_regular() -> None:
-    """A rotated coordinate is a Walsh function: turned by a power of two, it is itself again.
+def of_few(count: int) -> Floats:
+    """Nats of ten updates of so many parameters, each against a reordering of itself."""
+    return np.array([worth(PLAN, on_coordinates(PLAN, count, n), n) for n in range(10)])
 
-    Signs at random *after* the rotation would make it like any other, although all know them.
-    """
-    few, signed, many = [], [], []
-    for number in range(10):
-        values = on_coordinates(PLAN, 16, number)
-        flips = np.random.default_rng([number]).choice([-1, 1], values.size)
-        few.append(worth(PLAN, values, number))
-        signed.append(worth(PLAN, values * flips, number))
-        many.append(worth(PLAN, on_coordinates(PLAN, 2_000, number), number))
-    assert np.mean(few) > 3 * bound(PLAN)
-    assert np.mean(signed) < 1.2 * bound(PLAN)
-    assert np.mean(many) < 1.2 * bound(PLAN)
+
+def test_updates_of_few_parameters_stand_out_without_signs_after_the_rotation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rotated coordinate is a Walsh function: turned by a power of two, it is itself again."""
+    ours = quantize._flip_signs
+
+    def only_before(blocks: Any, rotation: bytes, segment: FloatSegment, label: str) -> None:  # noqa: ANN401
+        if label == "rotation":
+            ours(blocks, rotation, segment, label)
+
+    monkeypatch.setattr(quantize, "_flip_signs", only_before)
+    assert of_few(16).mean() > 3 * bound(PLAN)
+    assert of_few(2_000).mean() < 1.2 * bound(PLAN)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 300, 2_000])
+def test_with_them_updates_of_few_parameters_are_like_any_other(count: int) -> None:
+    """Although everybody knows the signs."""
+    assert of_few(count).mean() == pytest.approx(bound(PLAN), rel=0.2)
+    assert of_few(count).max() < 1.5 * bound(PLAN)
 
 
 def digits_of(plan: Plan, values: Integers) -> Integers:
@@ -264,13 +285,34 @@ def digits_of(plan: Plan, values: Integers) -> Integers:
 
 @pytest.mark.parametrize("number", [0, 1, -7, 97])
 def test_the_norm_of_one_number_is_that_number_but_for_its_sign(number: int) -> None:
-    """Whoever counts one thing, or votes on it, has no norm to hide behind."""
-    plan = plan_integers(1, max_clients=8, max_abs=100, norm_check=CHECK)
+    """Whoever counts one thing, or votes on it, has no norm to hide behind; so mind `max_norm`."""
+    plan = plan_integers(1, max_clients=8, max_abs=100, max_norm=100, norm_check=CHECK)
     seen = digits_of(plan, np.array([number]))[:, 0]
     energy = np.square(seen, dtype=float).mean() - noise_energy(
         plan.layouts[0], norm_shapes(plan)[0]
     )
     assert sqrt(max(energy, 0)) == pytest.approx(abs(number), rel=0.15, abs=2)
+
+
+def test_of_integers_without_a_max_norm_nothing_is_shown() -> None:
+    """A clip bit beside an update: no rows for it, and none of the update's depend on it."""
+    update = FloatSegment("update", (TensorSpec("vector", (1_000,)),), 1.0)
+    vector = np.random.default_rng(6).normal(0, 10, 1_024).round().astype(np.int64)
+
+    def sketched(max_norm: float | None, number: int) -> Sketch:
+        segments = [update, IntegerSegment("clipped", 1, 1, max_norm)]
+        context = fixed_context(make_plan(segments, max_clients=8, norm_check=CHECK))
+        ciphertexts = encrypted(context, [vector, np.array([number])], SEED)
+        return sketch(context, UPLOAD, [ciphertexts], named("challenge"))
+
+    assert sketched(None, 0).to_bytes() == sketched(None, 1).to_bytes()
+    assert len(sketched(None, 0).norms) == 1
+    # What would be there if it were asked for.
+    assert len(sketched(1.0, 0).norms) == 2
+    assert sketched(1.0, 0).to_bytes() != sketched(1.0, 1).to_bytes()
+    # And where there is nothing else to look at, there is no check.
+    with pytest.raises(PlanError):
+        plan_integers(1, max_clients=8, max_abs=1, norm_check=CHECK)
 
 
 def test_each_digit_shows_a_norm_of_its_own() -> None:

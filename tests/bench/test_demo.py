@@ -64,6 +64,17 @@ def test_every_decrypted_sum_equals_the_sum_in_the_clear(
 
 
 @pytest.mark.slow
+def test_poison_is_refused_in_every_round_and_is_in_no_sum(
+    toy: tuple[Path, dict[str, Any]],
+) -> None:
+    output, results = toy
+    assert (results["poisoners"], results["poison_refused"]) == (1, 2)
+    rows = results["rounds_detail"]
+    assert [(row["contributors"], row["refused"]) for row in rows] == [(3, 1), (3, 1)]
+    assert "<b>2 of 2</b>" in (output / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_metrics_follow_from_the_model_file(toy: tuple[Path, dict[str, Any]]) -> None:
     output, results = toy
     with np.load(output / "model.npz", allow_pickle=False) as model:
@@ -119,6 +130,7 @@ def test_one_flipped_residue_costs_its_client_the_round_and_nobody_else(tmp_path
     results = tampered(4, tmp_path)
     (row,) = results["rounds_detail"]
     assert (row["attempt"], row["contributors"], row["equal"]) == (1, 3, False)
+    assert row["refused"] == 2, "the flipped residue and the poison"
     assert row["sha256_decrypted"] is not None
     assert results["failure"] == ""
     assert results["metrics"]["federated_encrypted"] is not None
@@ -193,7 +205,8 @@ def test_report_escapes_what_it_quotes() -> None:
             "popular": dict.fromkeys(METRIC_KEYS, 0.1)},
         "curves": {name: [{"round": 1, "hr10": 0.5}] for name in (
             "local", "centralised", "federated_float", "federated_plaintext")},
-        "rounds_detail": [{"round": 1, "contributors": 0, "sha256_decrypted": None,
+        "poisoners": 1, "poison_refused": 0,
+        "rounds_detail": [{"round": 1, "contributors": 0, "refused": 0, "sha256_decrypted": None,
                            "equal": False}],
         "machine": {"platform": "here", "python": "3.11", "versions": {"secagg": "0"}},
     }  # fmt: skip

@@ -17,7 +17,7 @@ from secagg.parameters import MODULUS, RING_DEGREE, Layout, Plan
 from secagg.residues import multiply
 from secagg.sampling import Stream
 from secagg.sealing import RoundKeyPair
-from secagg.sketch_shape import Shape, norm_shapes
+from secagg.sketch_shape import NormShape, Shape, norm_shapes
 from secagg.sketches import Rows, _NormLook, sketch
 
 __all__ = [
@@ -59,10 +59,13 @@ def shown(
     upload: bytes,
     shape: Shape | None = None,
 ) -> tuple[Rows, ...]:
-    """The norm rows of each segment; of another shape, if given, in every segment."""
+    """The norm rows of each segment that is checked; of another shape, if given, in all of them."""
     with pytest.MonkeyPatch.context() as patch:
         if shape is not None:
-            changed = [shape] * len(context.plan.segments)
+            changed = [
+                NormShape(shape.rows, shape.values, shape.dropped, each.segment)
+                for each in norm_shapes(context.plan)
+            ]
             patch.setattr("secagg.sketches.norm_shapes", lambda _: changed)
         return sketch(context, upload, [ciphertexts], challenge).norms
 
@@ -73,12 +76,12 @@ def opened(layout: Layout, rows: Rows, seed: bytes) -> Integers:
 
 
 def multipliers(
-    plan: Plan, challenge: bytes, upload: bytes, shape: Shape | None = None, segment: int = 0
+    plan: Plan, challenge: bytes, upload: bytes, shape: Shape | None = None
 ) -> Integers:
-    """r_ij of whoever knows the challenge: int64 (rows, blocks, 4096)."""
-    shape = shape or norm_shapes(plan)[segment]
-    blocks = plan.layouts[segment].blocks
-    look = _NormLook(shape, slice(0, blocks), Stream.derive("sketch", challenge, upload, segment))
+    """r_ij of whoever knows the challenge, of a plan of one segment: int64 (rows, blocks, 4096)."""
+    shape = shape or norm_shapes(plan)[0]
+    blocks = plan.layouts[0].blocks
+    look = _NormLook(shape, slice(0, blocks), Stream.derive("sketch", challenge, upload, 0))
     blinds = look._blinds.reshape(shape.rows, -1, 1, RING_DEGREE)
     mixes = look._mixes.reshape(shape.rows, blinds.shape[1], 2, blocks, 1).astype(np.int64)
     mixed = mixes[:, :, 0] * blinds + mixes[:, :, 1] * turned(blinds)

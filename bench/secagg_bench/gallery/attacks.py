@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secagg.parameters import FloatSegment
-from secagg.quantize import quantize_update, rotated, unflatten
-from secagg.sampling import Stream
+from secagg.quantize import unflatten
+from secagg_bench.gallery import uploads
 from secagg_client.data import Split
 from secagg_client.model import ITEM_BIAS
 
@@ -56,21 +56,7 @@ class Situation:
             vector: float32 (parameters,), in model units, multiplied by its weight already.
             weight: what it claims, where the plan has weights.
         """
-        steps = rotated(self.segment, vector, self.rotation) / self.segment.step
-        integers = np.floor(steps + self.rng.random(steps.size)).astype(np.int64)
-        if self.segment.weighted:
-            integers += np.rint(weight * self._full_weight()).astype(np.int64)
-        return integers
-
-    def _full_weight(self) -> Integers:
-        nothing = unflatten(self.segment, np.zeros(self.segment.parameters))
-        return quantize_update(
-            self.segment,
-            nothing,
-            samples=self.segment.weight_cap,
-            rotation=self.rotation,
-            rounding=Stream.derive("attack", self.rng.bytes(32)),
-        ).values
+        return uploads.integers(self.segment, self.rotation, vector, weight, self.rng)
 
     def of_norm(self, vector: Vector, bounds: float) -> Vector:
         """The vector at so many times the clip norm."""
@@ -92,7 +78,7 @@ class Attack:
     Attributes:
         name: for people.
         label: short, for the figure.
-        within: whether its integers stay within the norm bound, so that no check of norms stops it.
+        within: whether it keeps to the bounds, so that the norm check does not stop it.
         integers: what an attacker sends.
         labels: ``"flipped"`` where it trains on the opposite of its data.
     """
@@ -170,13 +156,19 @@ def _minus_all_others(seen: Situation) -> Integers:
     return seen.integers(seen.honest * np.float32(0.5), 0.2 - honest / seen.attackers)
 
 
+def _flipped_at_full_weight(seen: Situation) -> Integers:
+    """As much as the bounds leave: nobody can tell on how much data somebody trained."""
+    return seen.integers(seen.of_norm(-seen.honest, 1.0), 1.0)
+
+
 WEIGHT_ATTACKS: Final[tuple[Attack, ...]] = (
-    Attack("a weight of 0", "weight 0", True, _claimed(0.0)),
-    Attack("a weight of -1", "weight −1", True, _claimed(-1.0)),
+    Attack("a weight of 0", "weight 0", False, _claimed(0.0)),
+    Attack("a weight of -1", "weight −1", False, _claimed(-1.0)),
     Attack("ten times the largest weight", "weight 10", False, _claimed(10.0)),
     Attack("minus the others' weights", "minus the\nothers'", False, _minus_all_others),
+    Attack("sign flip, the largest weight", "sign flip,\nweight 1", True, _flipped_at_full_weight),
 )
-"""Forged weights, for plans that have any."""
+"""Forged weights, for plans that have any, first those that leave the bounds."""
 
 
 def with_flipped_labels(split: Split, users: NDArray[np.int64], seed: int) -> Split:

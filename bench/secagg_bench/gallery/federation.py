@@ -104,6 +104,7 @@ class Run:
         lost_rounds: whose sum could not be read.
         models: SHA-256 of the model after each round.
         cosines: of each honest update with the last aggregate, from the second round on.
+        norms: of each honest update before it is cut, in each round.
     """
 
     hr10: float
@@ -118,10 +119,11 @@ class Run:
     lost_rounds: int
     models: tuple[str, ...] = field(repr=False)
     cosines: tuple[tuple[float, ...], ...] = field(repr=False)
+    norms: tuple[tuple[float, ...], ...] = field(repr=False)
 
     def summary(self) -> dict[str, float]:
         """All numbers but the lists."""
-        return {k: v for k, v in asdict(self).items() if k not in {"models", "cosines"}}
+        return {k: v for k, v in asdict(self).items() if not isinstance(v, tuple)}
 
 
 def taste_silos(split: Split, silos: int) -> Users:
@@ -219,9 +221,10 @@ class Federation:
         model = flatten(segment, init_shared(self._split.n_items, setting.dimensions, setting.seed))
         sent_by, refused_of = Counter[str](), Counter[str]()
         moved: NDArray[np.float32] | None = None
-        models, cosines, lost = [], [], 0
+        models, cosines, norms, lost = [], [], [], 0
         for number in range(1, setting.rounds + 1):
             sent, updates = self._round(plan, segment, model, number)
+            norms.append(tuple(float(np.linalg.norm(each)) for each in updates))
             if moved is not None:
                 cosines.append(tuple(_cosine(each, moved) for each in updates))
             accepted, release = (
@@ -255,6 +258,7 @@ class Federation:
             lost_rounds=lost,
             models=tuple(models),
             cosines=tuple(cosines),
+            norms=tuple(norms),
         )
 
     def _round(

@@ -25,7 +25,15 @@ from secagg.errors import ReleaseError, SecaggError
 from secagg.keyholder import KeyHolder
 from secagg.noise_audit import dithered
 from secagg.packing import pack
-from secagg.parameters import MODULUS, RESIDUE_BYTES, RING_DEGREE, Layout, NormCheck, Plan
+from secagg.parameters import (
+    MODULUS,
+    RESIDUE_BYTES,
+    RING_DEGREE,
+    FloatSegment,
+    Layout,
+    NormCheck,
+    Plan,
+)
 from secagg.planner import plan_tensors
 from secagg.quantize import Quantized
 from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
@@ -58,9 +66,16 @@ _HONEST = 3
 _TIMES_BOUND = 10.0
 
 
-def gallery_plan(tolerated: int = 1) -> Plan:
+def gallery_plan(tolerated: int = 1, *, weighted: bool = False) -> Plan:
     """The demo's model for up to eight clients: three ciphertexts of three digits, some padding."""
-    return plan_tensors(28_594, max_clients=8, clip=40.0, norm_check=NormCheck(tolerated=tolerated))
+    return plan_tensors(
+        28_594,
+        max_clients=8,
+        clip=40.0,
+        weighting="samples" if weighted else "equal",
+        weight_cap=100 if weighted else 1,
+        norm_check=NormCheck(tolerated=tolerated),
+    )
 
 
 class Scene:
@@ -87,8 +102,29 @@ class Scene:
         """Of the plan's one segment."""
         return self.plan.layouts[0]
 
+    @property
+    def segment(self) -> FloatSegment:
+        """The plan's one segment."""
+        (segment,) = self.plan.segments
+        assert isinstance(segment, FloatSegment)  # noqa: S101 - for the type checker
+        return segment
+
+    def weighed_values(self, length: float, weight: float) -> Integers:
+        """A random update of so many clips under any weight, int64 (layout.values,)."""
+        drawn = self.rng.normal(size=self.segment.parameters)
+        vector = drawn * (length * self.segment.clip / np.linalg.norm(drawn))
+        return uploads.integers(
+            self.segment, self.context.rotation, vector.astype(np.float32), weight, self.rng
+        )
+
     def honest_values(self) -> Integers:
-        """Random integers of nine tenths of the bound's norm, int64 (layout.values,)."""
+        """Random integers of nine tenths of what is allowed, int64 (layout.values,).
+
+        Where there are weights, under half of the largest one.
+        """
+        if self.segment.weighted:
+            values = self.weighed_values(0.45, 0.5)
+            return np.clip(values, -self.layout.max_abs, self.layout.max_abs)
         spread = 0.9 * self.layout.norm / math.sqrt(self.layout.values)
         drawn = np.rint(self.rng.normal(0.0, spread, self.layout.values)).astype(np.int64)
         return np.clip(drawn, -self.layout.max_abs, self.layout.max_abs)
@@ -260,6 +296,7 @@ class Case:
         build: the attackers' uploads in a scene.
         tolerated: clients that break the plan, and that the plan puts up with.
         same: whether its bytes are the same every time, so that a round takes only one of them.
+        weighted: whether the plan has weights.
     """
 
     name: str
@@ -267,6 +304,12 @@ class Case:
     build: Callable[[Scene], list[Upload]] = field(repr=False)
     tolerated: int = 1
     same: bool = False
+    weighted: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        """What the attempt computes on."""
+        return gallery_plan(self.tolerated, weighted=self.weighted)
 
 
 def _plaintext(
@@ -364,6 +407,15 @@ def _one_coordinate(scene: Scene, amount: int, place: int = 0) -> Integers:
     values = np.zeros((scene.plan.blocks, RING_DEGREE), dtype=np.int64)
     values[0, place] = amount
     return scene.in_digit(values)
+
+
+def _weighed(name: str, layer: Layer, length: float, weight: float) -> Case:
+    """A case of one attacker with an update of so many clips under this weight."""
+
+    def build(scene: Scene) -> list[Upload]:
+        return [scene.upload(pack(scene.layout, scene.weighed_values(length, weight)))]
+
+    return Case(name, layer, build, weighted=True)
 
 
 def _padding(scene: Scene) -> Integers:
@@ -491,6 +543,12 @@ CASES: Final[tuple[Case, ...]] = (
         "norm",
         lambda scene: _one_coordinate(scene, scene.layout.sum_abs + 1),
     ),
+    _weighed("a weight of 0 under half a bound", "norm", 0.5, 0.0),
+    _weighed("a tenth of a weight under half a bound", "norm", 0.5, 0.1),
+    _weighed("a weight of -0.1 under nothing", "norm", 0.0, -0.1),
+    _weighed("a weight of -1 under nothing", "norm", 0.0, -1.0),
+    _weighed("a weight of -1 under a whole bound", "norm", 1.0, -1.0),
+    _weighed("two weights and more", "norm", 0.0, 2.1),
     Case(
         "half a step off the grid, once", "audit", lambda scene: _off_grid(scene, everywhere=False)
     ),
@@ -538,5 +596,6 @@ CASES: Final[tuple[Case, ...]] = (
         tolerated=2,
     ),
     _plaintext("one step where no value is", "nothing", _padding),
+    _weighed("one and a half weights under nothing", "nothing", 0.0, 1.5),
 )
 """Every malformed attack, with the layer that stops it."""

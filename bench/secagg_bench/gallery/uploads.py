@@ -1,7 +1,7 @@
 """Uploads of a client that keeps to the protocol as far as it must, and chooses everything else.
 
 What it must: a receipt that is valid and a seal that opens. What it chooses: coefficients, noise,
-seeds, bytes, and the commitment that it signs. For attacks and measurements only.
+integers, seeds, bytes, and the commitment that it signs. For attacks and measurements only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,38 @@ from numpy.typing import NDArray
 
 from secagg import ckks, onetime, ring
 from secagg.context import RoundContext
+from secagg.parameters import FloatSegment
+from secagg.quantize import rotated, rotated_weight
 from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 from secagg.residues import narrow
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
 
-__all__ = ["encrypted", "signed", "upload"]
+__all__ = ["encrypted", "integers", "signed", "upload"]
+
+
+def integers(
+    segment: FloatSegment,
+    rotation: bytes,
+    vector: NDArray[np.float32],
+    weight: float,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """A vector of any norm and a weight of any size, rounded: int64 (segment.values,).
+
+    Args:
+        segment: what an update consists of.
+        rotation: the round's public string.
+        vector: float32 (segment.parameters,), in model units, multiplied by its weight already.
+        weight: what it claims, where the segment has weights.
+        rng: rounds.
+    """
+    steps = rotated(segment, vector, rotation).astype(np.float64)
+    if segment.weighted:
+        flat = rotated_weight(segment, rotation)
+        steps += weight * segment.clip / np.linalg.norm(flat.astype(np.float64)) * flat
+    steps /= segment.step
+    return np.floor(steps + rng.random(steps.size)).astype(np.int64)
 
 
 def encrypted(
