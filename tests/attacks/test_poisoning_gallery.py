@@ -1,7 +1,7 @@
 """Every malformed upload of the gallery, and the layer that stops it.
 
 Broken: sums without a norm check, where one client adds as much as the whole range leaves and stops
-a round whenever it likes. Ours runs each upload against the core library as server and key holder
+a round whenever it likes; and forged weights that bring the sum of weights near zero. Ours runs each upload against the core library as server and key holder
 do: nothing that passes may bend the sum by more than a bound, and what cannot be stopped is listed
 here as well, with the layer where the attempt is lost.
 """
@@ -18,14 +18,12 @@ from secagg.challenger import Challenger
 from secagg.errors import ReleaseError
 from secagg.keyholder import KeyHolder
 from secagg.packing import pack
-from secagg.parameters import FloatSegment, NormCheck
+from secagg.parameters import FloatSegment, NormCheck, Plan
 from secagg.planner import plan_tensors
-from secagg.quantize import quantize_update
-from secagg.receipts import SigningKey
+from secagg.receipts import NO_COMMITMENT, SigningKey
 from secagg.release import Release
-from secagg.sampling import Stream
 from secagg_bench.gallery.malformed import CASES, LAYERS, Case, Scene, gallery_plan, outcome
-from secagg_bench.gallery.uploads import upload
+from secagg_bench.gallery.uploads import integers, upload
 
 SEED = 20
 
@@ -71,7 +69,7 @@ def by_name(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_ours_stops_it_where_it_should(case: Case) -> None:
-    scene = Scene(gallery_plan(case.tolerated), SEED)
+    scene = Scene(case.plan, SEED)
     ended = outcome(scene, case.build(scene))
     assert ended.layers[-1] == case.layer
     assert ended.released is (case.layer != "range")
@@ -101,69 +99,102 @@ def test_an_honest_upload_of_the_galleries_making_passes_and_is_counted() -> Non
 
 # --- forged weights -------------------------------------------------------------------------------
 
-WEIGHTED = plan_tensors(
-    28_594, max_clients=10, clip=40.0, weighting="samples", weight_cap=100, norm_check=NormCheck()
-)
+
+def weighted_plan(check: NormCheck | None) -> Plan:
+    return plan_tensors(
+        28_594, max_clients=10, clip=40.0, weighting="samples", weight_cap=100, norm_check=check
+    )
 
 
-def weighed(honest: Sequence[int], forged: Sequence[float]) -> tuple[Release, int]:
-    """A round of clients with these samples and of forgers with these weights, all without updates.
+CHECKED = weighted_plan(NormCheck())
+Forged = Sequence[tuple[float, float]]
+
+
+def weighed(honest: Sequence[int], forged: Forged, plan: Plan = CHECKED) -> tuple[Release, int]:
+    """A round of clients with these samples, and of forgers with these updates and weights.
+
+    Honest updates are half as long as their weight allows, forged ones so many clips.
 
     Returns:
-        The release, and how many were refused.
+        The release, and how many were refused, all of them forgers.
     """
-    holder = KeyHolder(WEIGHTED)
-    (segment,), (layout,) = WEIGHTED.segments, WEIGHTED.layouts
+    holder, rng = KeyHolder(plan), np.random.default_rng(SEED)
+    context, challenger = holder.context, Challenger(holder.context)
+    (segment,), (layout,) = plan.segments, plan.layouts
     assert isinstance(segment, FloatSegment)
-    challenger = Challenger(holder.context)
-    weights = [*(samples / segment.weight_cap for samples in honest), *forged]
-    sent = []
-    for weight in weights:
-        identity = SigningKey.generate()
-        values = quantize_update(
-            segment,
-            {"vector": np.zeros(segment.parameters, dtype=np.float32)},
-            samples=segment.weight_cap,
-            rotation=holder.context.rotation,
-            rounding=Stream.derive("rounding", len(sent)),
-        ).values
-        plaintext = pack(layout, np.rint(weight * values).astype(np.int64))
-        commitment = challenger.commitment(identity.public)
-        sent.append(upload(holder.context, plaintext, identity, commitment))
+    weights = [samples / segment.weight_cap for samples in honest]
+    sent, forgers = [], set()
+    for number, (length, weight) in enumerate([*((w / 2, w) for w in weights), *forged]):
+        identity, drawn = SigningKey.generate(), rng.normal(size=segment.parameters)
+        vector = (drawn * length * segment.clip / np.linalg.norm(drawn)).astype(np.float32)
+        values = integers(segment, context.rotation, vector, weight, rng)
+        commitment = challenger.commitment(identity.public) if plan.norm_check else NO_COMMITMENT
+        sent.append(upload(context, pack(layout, values), identity, commitment))
         holder.admit(sent[-1].admission)
-        holder.submit_sketch(challenger.sketch(sent[-1]))
-    verdicts = {each.receipt.upload_digest: each.accepted for each in holder.verdicts()}
-    aggregator = Aggregator(holder.context)
+        if number >= len(honest):
+            forgers.add(sent[-1].admission.receipt.upload_digest)
+    refused = set()
+    if plan.norm_check:
+        for each in sent:
+            holder.submit_sketch(challenger.sketch(each))
+        verdicts = holder.verdicts()
+        refused = {each.receipt.upload_digest for each in verdicts if not each.accepted}
+    assert refused <= forgers
+    aggregator = Aggregator(context)
     for each in sent:
-        if verdicts[each.admission.receipt.upload_digest]:
+        if each.admission.receipt.upload_digest not in refused:
             aggregator.add(each)
-    return holder.release(aggregator.aggregate()), list(verdicts.values()).count(False)
+    return holder.release(aggregator.aggregate()), len(refused)
 
 
-def test_ours_refuses_weights_beyond_the_bound() -> None:
-    # Minus the sum of the others', above the cap, and below nothing.
-    for forged in (-3.2, 2.5, -2.5):
-        release, refused = weighed([50] * 7, [forged])
-        assert refused == 1
-        assert release.weight() == pytest.approx(3.5, abs=0.15)
+def test_without_a_check_conspirators_divide_everybodys_updates_by_next_to_nothing() -> None:
+    honest, _ = weighed([50] * 7, [], weighted_plan(None))
+    forged, _ = weighed([50] * 7, [(0.0, -1.05)] * 3, weighted_plan(None))
+    assert honest.weight() == pytest.approx(3.5, abs=0.15)
+    assert 0.1 < forged.weight() < 0.6
+    lengths = [np.linalg.norm(each.mean()["vector"]) for each in (honest, forged)]
+    assert lengths[1] > 5 * lengths[0]
 
 
-def test_a_weight_of_zero_gains_nothing_and_is_divided_by_nothing() -> None:
-    release, refused = weighed([50] * 7, [0.0])
+@pytest.mark.parametrize(
+    ("length", "weight"),
+    [
+        *((0.0, -3.2), (0.0, -2.5), (0.0, 2.5)),  # beyond the norm bound
+        *((0.0, -1.05), (0.0, -0.3), (0.0, -0.1), (0.3, -0.3)),  # within it, below nothing
+        *((0.5, 0.0), (1.0, 0.0), (0.5, 0.1)),  # a vote beyond its weight
+    ],
+)
+def test_ours_refuses_a_weight_that_is_none_and_an_update_beyond_its_weight(
+    length: float, weight: float
+) -> None:
+    release, refused = weighed([50] * 7, [(length, weight)])
+    assert refused == 1
+    assert release.weight() == pytest.approx(3.5, abs=0.15)
+
+
+def test_ours_refuses_conspirators_who_share_minus_the_others_weights() -> None:
+    release, refused = weighed([50] * 7, [(0.0, -1.05)] * 3)
+    assert refused == 3
+    assert release.contributors == 7
+    assert release.weight() == pytest.approx(3.5, abs=0.15)
+
+
+def test_a_weight_of_zero_under_nothing_gains_nothing_and_is_divided_by_nothing() -> None:
+    release, refused = weighed([50] * 7, [(0.0, 0.0)])
     assert refused == 0
     assert release.weight() == pytest.approx(3.5, abs=0.15)
 
 
-def test_what_ours_does_not_stop_conspirators_whose_weights_are_negative_within_the_bound() -> None:
-    # Three of ten pass, and divide everybody's updates by a tenth of what they weigh together.
-    release, refused = weighed([50] * 7, [-1.05] * 3)
+def test_ours_puts_up_with_one_weight_too_many_where_all_others_are_full() -> None:
+    release, refused = weighed([100] * 9, [(0.0, 1.5)])
     assert refused == 0
-    assert 0.1 < release.weight() < 0.6
-    # Equal weights, which the key holder counts itself, leave nothing to forge.
+    assert release.weight() == pytest.approx(10.5, abs=0.15)
+    assert np.isfinite(release.mean()["vector"]).all()
 
 
-def test_what_ours_does_not_stop_one_weight_too_many_where_all_others_are_full() -> None:
-    release, refused = weighed([100] * 9, [1.5])
+def test_what_ours_does_not_stop_more_weights_too_many_than_are_tolerated() -> None:
+    # All others are full, or nobody would notice; the mean is refused, and nobody is named.
+    release, refused = weighed([100] * 7, [(0.0, 1.5)] * 3)
     assert refused == 0
     with pytest.raises(ReleaseError, match="forged its weight"):
         release.mean()

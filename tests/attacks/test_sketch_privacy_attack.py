@@ -270,9 +270,10 @@ def test_updates_of_few_parameters_stand_out_without_signs_after_the_rotation(
 
 @pytest.mark.parametrize("count", [1, 4, 16, 300, 2_000])
 def test_with_them_updates_of_few_parameters_are_like_any_other(count: int) -> None:
-    """Although everybody knows the signs."""
-    assert of_few(count).mean() == pytest.approx(bound(PLAN), rel=0.2)
-    assert of_few(count).max() < 1.5 * bound(PLAN)
+    """Although everybody knows the signs. Those of one parameter, in one digit, tell even less."""
+    nats_of_each = of_few(count)
+    assert nats_of_each.mean() < 1.2 * bound(PLAN)
+    assert nats_of_each.max() < 1.5 * bound(PLAN)
 
 
 def digits_of(plan: Plan, values: Integers) -> Integers:

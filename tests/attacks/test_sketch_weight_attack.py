@@ -27,7 +27,7 @@ from secagg.parameters import MODULUS, RING_DEGREE, FloatSegment, NormCheck, Pla
 from secagg.planner import plan_tensors
 from secagg.quantize import quantize_update
 from secagg.sampling import Stream
-from secagg.sketch_shape import ProbeShape, sketch_bytes, weight_shapes
+from secagg.sketch_shape import ProbeShape, probe_noise_energy, sketch_bytes, weight_shapes
 from secagg.sketches import Rows, Sketch, sketch
 
 CHECK = NormCheck()
@@ -86,18 +86,22 @@ def reading(context: RoundContext, shows: Sketch) -> tuple[float, float]:
     return measured * segment.step / segment.clip, spread * segment.step / segment.clip
 
 
-@pytest.mark.parametrize(("parameters", "clients"), [(12_285, 8), (27_000, 1_000), (31, 3)])
-def test_the_weight_is_seen_to_a_few_percent(parameters: int, clients: int) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "clients", "percent"), [(12_285, 8, 3.1), (27_000, 1_000, 1.6), (31, 3, 9.8)]
+)
+def test_the_weight_is_seen_to_a_few_percent(parameters: int, clients: int, percent: float) -> None:
     context = fixed_context(weighted(parameters, clients))
     off = []
     for number, samples in enumerate([5, 10, 30, 50, 100] * 3):
         weight = samples / CAP
         read, spread = reading(context, sketched(context, update(context, samples, number), number))
         off.append((read - weight) / spread)
-        # An update as long as its weight allows: the error is in proportion, and rounding.
-        assert spread < 0.05 * weight + 0.01
+        if samples == CAP:
+            assert spread == pytest.approx(percent / 100, rel=0.15)
+        # In proportion to the weight, as the update is; and rounding and noise.
+        assert spread < 1.15 * percent / 100 * weight + 0.01
     assert np.abs(off).max() < 5.3  # false alarm 2e-6
-    assert np.std(off) > 0.2  # nor is it seen any better than that
+    assert np.std(off) > 0.2  # nor is it seen much better than that
 
 
 def test_with_equal_weights_nothing_of_it_is_sent() -> None:
@@ -176,7 +180,8 @@ def test_coordinates_of_a_small_model_are_found_unless_the_rest_is_filled(
         found = guessed(context, signs, rows, row)
         assert len(found) == (0 if filled else 1)
         for subset in found:
-            assert subset @ (signs * values) == sums[row]
+            noise = sqrt(probe_noise_energy(SMALL.layouts[0], shape))
+            assert abs(subset @ (signs * values) - sums[row]) < 5.3 * noise + 1
 
 
 # --- what else they tell --------------------------------------------------------------------------
@@ -188,20 +193,22 @@ def moments(shape: ProbeShape, values: Integers, row: int) -> tuple[Floats, Floa
     direction = Direction.of_weight(floats(PLAN), CONTEXT.rotation)
     signs = direction.of_digit(LAYOUT, row % shape.digits)[0]
     kept = shape.sampled / RING_DEGREE
-    covariance = kept * (1 - kept) * parts @ parts.T
-    return kept * parts @ signs, covariance
+    noise = np.eye(LAYOUT.digits)
+    return kept * parts @ signs, kept * (1 - kept) * parts @ parts.T + noise
 
 
-def gains(sampled: int | None, count: int) -> tuple[float, float, float]:
-    """Nats by which the true candidate came out ahead, and by which it should; their expectation
-    for candidates that have nothing in common but the weight."""
+def gains(sampled: int | None, samples: int, count: int) -> tuple[float, float, float]:
+    """Nats by which the true candidate came out ahead, and by which it should; and the formula.
+
+    The candidates have nothing in common but their norm and weight.
+    """
     (shape,) = weight_shapes(PLAN)
     shape = replace(shape, sampled=sampled or shape.sampled)
     got, predicted = [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sketches, "weight_shapes", lambda _: [shape])
         for number in range(count):
-            one, other = (update(CONTEXT, 50, 2 * number + which) for which in (0, 1))
+            one, other = (update(CONTEXT, samples, 2 * number + which) for which in (0, 1))
             digits = opened(LAYOUT, sketched(CONTEXT, one, number).weights[0], SEED)[:, :, 0]
             ahead = 0.0
             for row, seen in enumerate(digits):
@@ -218,23 +225,29 @@ def gains(sampled: int | None, count: int) -> tuple[float, float, float]:
             got.append(ahead)
     kept = shape.sampled / RING_DEGREE
     others = shape.rows * (LAYOUT.digits - 1)
-    return float(np.mean(got)), sum(predicted) / count, others * kept / (1 - kept)
+    # Half of the energy is the weight's, and the same in both.
+    return float(np.mean(got)), sum(predicted) / count, others * kept / (1 - kept) / 2
+
+
+def as_predicted(got: float, predicted: float, count: int) -> bool:
+    """Of a log-likelihood ratio the variance is twice its mean, or a little more; 1e-7."""
+    return abs(got - predicted) < 5.3 * sqrt(3 * predicted / count)
 
 
 def test_of_nearly_all_coordinates_they_would_tell_candidates_apart() -> None:
-    got, predicted, expected = gains(RING_DEGREE * 9 // 10, 6)
-    assert got == pytest.approx(predicted, rel=0.3)
-    assert predicted == pytest.approx(expected, rel=0.5)
-    assert predicted > 80
+    # A small weight, that its sum stays within a digit.
+    got, predicted, _ = gains(RING_DEGREE * 19 // 20, 10, 6)
+    assert as_predicted(got, predicted, 6)
+    assert predicted > 60
 
 
 def test_of_one_in_twenty_they_tell_little() -> None:
     """In the digit that a row is about, nothing: an update is orthogonal to its weight. The others
     it shows through signs that everybody knows, up to which coordinates are taken."""
-    got, predicted, expected = gains(None, 40)
-    assert abs(got - predicted) < 5.3 * sqrt(3 * predicted / 40)
-    assert predicted == pytest.approx(expected, rel=0.2)
-    assert predicted < 1.2
+    got, predicted, expected = gains(None, CAP, 25)
+    assert as_predicted(got, predicted, 25)
+    assert predicted == pytest.approx(expected, rel=0.3)
+    assert predicted < 0.8
 
 
 def test_an_update_is_orthogonal_to_its_weight() -> None:

@@ -12,6 +12,7 @@ by `min_clients`; the clients that were refused know it, and can show it.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import sqrt
 
 import numpy as np
 import pytest
@@ -25,21 +26,22 @@ from attacker import (
     signer,
     summed,
 )
-from sketch_views import public
+from sketch_views import encrypted, public
 
-from secagg import onetime, ring
+from secagg import norm_check, onetime, ring
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
+from secagg.direction import Direction
 from secagg.encryptor import encrypt_quantized
 from secagg.errors import ClosedError, DuplicateError, ForgedSketchError, NormError
 from secagg.keyholder import KeyHolder
 from secagg.norm_check import passes
-from secagg.parameters import MODULUS, RING_DEGREE, NormCheck
+from secagg.parameters import MODULUS, RING_DEGREE, FloatSegment, NormCheck
 from secagg.planner import plan_tensors
-from secagg.quantize import Quantized
+from secagg.quantize import Quantized, rotated
 from secagg.recheck import require_asked
 from secagg.sketch_shape import norm_shapes
-from secagg.sketches import Rows, Sketch
+from secagg.sketches import Rows, Sketch, sketch
 from secagg.upload import Upload
 from secagg.verdicts import Verdict
 
@@ -161,6 +163,43 @@ def test_an_honest_server_passes_the_same_recheck() -> None:
         key = challenger.key(upload.admission.receipt.client_key)
         require_asked(verdict, holder.context, upload, key)
         assert verdict.accepted
+
+
+def test_every_verdict_takes_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that how long it takes is no second bit: which of the bounds it was, say."""
+    plan = plan_tensors(
+        2 * RING_DEGREE,
+        max_clients=8,
+        clip=1.0,
+        weighting="samples",
+        norm_check=NormCheck(min_cosine=0.0),
+    )
+    holder = KeyHolder(plan)
+    (segment,), (layout,), context = plan.segments, plan.layouts, holder.context
+    assert isinstance(segment, FloatSegment)
+    towards = np.random.default_rng(2).normal(size=segment.parameters).astype(np.float32)
+    direction = Direction.of(segment, towards, context.rotation)
+    steps = rotated(segment, towards / np.linalg.norm(towards), context.rotation) / segment.step
+    weight = Direction.of_weight(segment, context.rotation).signs
+    honest = np.rint(0.9 * steps + weight * np.linalg.norm(steps) / sqrt(layout.values))
+    cases = {
+        "within all bounds": honest,
+        "too long": 3 * honest,
+        "without the weight for it": np.rint(0.9 * steps),
+        "against the direction": honest - 2 * np.rint(0.9 * steps),
+    }
+    ours, looked, verdicts = norm_check._masked, list[Rows](), {}
+    monkeypatch.setattr(
+        norm_check, "_masked", lambda *given: looked.append(given[0]) or ours(*given)
+    )
+    for name, values in cases.items():
+        seed = named("seed", name)
+        ciphertexts = encrypted(context, [values.astype(np.int64)], seed)
+        shown = sketch(context, named(name), [ciphertexts], named("challenge"), direction)
+        looked.clear()
+        verdicts[name] = passes(plan, onetime.secret(seed), shown)
+        assert len(looked) == 3  # norm, weight, direction
+    assert verdicts == {name: name == "within all bounds" for name in cases}
 
 
 # --- a key holder that lies -----------------------------------------------------------------------

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from secagg.challenger import Challenger
 from secagg.context import rotation_string
+from secagg.keyholder import KeyHolder
+from secagg.packing import pack
 from secagg.parameters import FloatSegment
+from secagg.receipts import SigningKey
 from secagg_bench.gallery.attacks import (
     ATTACKS,
     WEIGHT_ATTACKS,
@@ -27,9 +31,11 @@ from secagg_bench.gallery.federation import (
     target_item,
     taste_silos,
 )
+from secagg_bench.gallery.malformed import CASES
 from secagg_bench.gallery.report import markdown, save_figure
 from secagg_bench.gallery.run import Sizes, run_gallery, validate
 from secagg_bench.gallery.single_users import single_user_cosines
+from secagg_bench.gallery.uploads import upload
 from secagg_client.data import NO_TEST_ITEM, Split, load_dataset, split_leave_one_out
 
 pytestmark = pytest.mark.timeout(300)  # dozens of short trainings, on a machine that may be busy
@@ -38,7 +44,7 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results" / "gallery.json"
 
 # A clip so tight that ten times an honest update is beyond it.
 TOY = Setting(silos=6, rounds=2, clip=5.0)
-ONLY = ("update times 10", "a weight of 0", "a residue of q")
+ONLY = ("update times 10", "promotion at the bound", "a weight of 0", "a residue of q")
 
 
 @cache
@@ -91,10 +97,15 @@ def test_an_attack_is_within_the_bound_where_it_says_so(attack: Attack) -> None:
 
 @pytest.mark.parametrize("attack", WEIGHT_ATTACKS, ids=lambda attack: str(attack.name))
 def test_a_forged_weight_is_within_the_bound_where_it_says_so(attack: Attack) -> None:
-    setting = Setting(weight_cap=20_000)
-    integers = attack.integers(situation(setting, length=24.0))
-    # Three who share it stay within; one alone would not.
-    assert (bounds(setting, integers) <= 1.2) is (attack.within or "minus" in attack.name)
+    plan = Setting(weight_cap=20_000).plan(marketplace().n_items, "norm")
+    holder = KeyHolder(plan, task_id="task", round_number=1)
+    challenger, identity = Challenger(holder.context), SigningKey.generate()
+    seen = situation(Setting(weight_cap=20_000), length=24.0)
+    assert seen.rotation == holder.context.rotation
+    plaintext = pack(plan.layouts[0], attack.integers(seen))
+    sent = upload(holder.context, plaintext, identity, challenger.commitment(identity.public))
+    holder.admit(sent.admission)
+    assert holder.submit_sketch(challenger.sketch(sent)).passed is attack.within
 
 
 def test_a_scaled_update_is_the_honest_one_times_its_factor() -> None:
@@ -177,6 +188,10 @@ def test_the_results_survive_json_and_are_complete(results: dict[str, Any]) -> N
     validate(again)
     assert [row["name"] for row in again["malformed"]] == ["a residue of q"]
     assert again["taste"]["bit_identical"]
+    norms, clips = again["clips"]["honest_norms"], [row["clip"] for row in again["clips"]["rows"]]
+    assert len(norms) == TOY.rounds
+    assert all(0 < each["least"] <= each["median"] <= each["most"] for each in norms)
+    assert clips == [2.5, 2.5, 1.0, 1.0, 0.25, 0.25]
     scaled = next(row for row in again["attacks"] if row["attackers"] == 3)
     assert scaled["runs"]["norm"]["attacker_refusals"] == 3 * TOY.rounds
 
@@ -185,6 +200,8 @@ def test_results_that_do_not_add_up_are_refused(results: dict[str, Any]) -> None
     for spoil in (
         lambda it: it.pop("taste"),
         lambda it: it["attacks"].pop(),
+        lambda it: it["clips"]["rows"].pop(),
+        lambda it: it["clips"]["rows"][0]["runs"]["none"].update(target_share=-0.1),
         lambda it: it["attacks"][0]["runs"]["norm"].update(hr10=1.5),
         lambda it: it["attacks"][0]["runs"]["norm"].update(attacker_refusals=99),
         lambda it: it["malformed"][0].update(trials=99),
@@ -214,6 +231,11 @@ def test_the_committed_results_are_complete() -> None:
     assert committed["taste"]["bit_identical"]
     checked = committed["taste"]["runs"]["checked"]
     assert checked["attacker_refusals"] == checked["attacker_uploads"] > 0
+    # Each way of making an upload that the norm check must stop: all but one of a thousand.
+    assert len(in_bulk := [case.name for case in CASES if case.layer == "norm" and not case.same])
+    for row in (each for each in committed["malformed"] if each["name"] in in_bulk):
+        assert row["trials"] >= 1000
+        assert row["stopped_there"] >= 0.999 * row["trials"]
 
 
 # --- real data ------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def markdown(results: dict[str, Any]) -> str:
         _taste(results["taste"]),
         _attacks("attack", results["attacks"]),
         _attacks("forged weight", results["weights"]),
+        _clips(results["clips"], results["attacks"], setting["clip"]),
         _direction(results["direction"]),
         _malformed(results["malformed"]),
     ]
@@ -84,6 +85,7 @@ def _attacks(what: str, rows: list[_Row]) -> str:
         "+ direction",
         "refused",
         "promoted item in top ten: undefended, checked",
+        "its median rank: without them, undefended, checked",
     ]
     return _table(head, [_attack_row(row) for row in rows])
 
@@ -98,8 +100,43 @@ def _attack_row(row: _Row) -> list[str]:
         _refused(runs["norm"]),
         _quality(direction) if direction else "",
         _refused(direction) if direction else "",
-        f"{runs['none']['target_share']:.0%}, {runs['norm']['target_share']:.0%}",
+        *_promoted(runs),
     ]
+
+
+def _promoted(runs: dict[str, _Row]) -> list[str]:
+    shares = [f"{runs[name]['target_share']:.0%}" for name in ("none", "norm")]
+    ranks = [f"{runs[name]['target_rank']:.0f}" for name in ("alone", "none", "norm")]
+    return [", ".join(shares), ", ".join(ranks)]
+
+
+def _clips(clips: _Row, attacks: list[_Row], clip: float) -> str:
+    """The same attack under tighter clips, after what it does under the usual one."""
+    usual = [{**row, "clip": clip} for row in attacks if row["name"] == clips["attack"]]
+    rows = [
+        [
+            f"{row['clip']:g}",
+            str(row["attackers"]),
+            *(_quality(row["runs"][name]) for name in ("alone", "none", "norm")),
+            _refused(row["runs"]["norm"]),
+            *_promoted(row["runs"]),
+        ]
+        for row in (*usual, *clips["rows"])
+    ]
+    head = [
+        f"{clips['attack']}: clip",
+        "attackers",
+        "without them",
+        "undefended",
+        "norm check",
+        "refused",
+        "promoted item in top ten: undefended, checked",
+        "its median rank: without them, undefended, checked",
+    ]
+    norms = ", ".join(
+        f"{each['least']:.0f} to {each['most']:.0f}" for each in clips["honest_norms"]
+    )
+    return _table(head, rows) + f"\n\nNorms of honest updates, round by round: {norms}."
 
 
 def _quality(run: _Row) -> str:
@@ -207,7 +244,7 @@ def _annotate(axes: Any, place: int, row: _Row) -> None:  # noqa: ANN401
         if run["honest_refusals"]:
             texts.append(f"honest {run['honest_refusals']}/{run['honest_uploads']}")
         if "promotion" in row["label"]:
-            texts.append(f"shown to {run['target_share']:.0%}")
+            texts.append(f"rank {run['target_rank']:.0f}, shown to {run['target_share']:.0%}")
         if not texts:
             continue
         axes.text(

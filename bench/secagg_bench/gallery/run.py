@@ -8,6 +8,7 @@ clients, and which layer stops each malformed upload.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -26,7 +27,7 @@ import typer
 
 from secagg_bench.gallery.attacks import ATTACKS, WEIGHT_ATTACKS, Attack
 from secagg_bench.gallery.federation import Defence, Federation, Run, Setting, partition
-from secagg_bench.gallery.malformed import CASES, Case, Layer, Scene, gallery_plan, outcome
+from secagg_bench.gallery.malformed import CASES, Case, Layer, Scene, outcome
 from secagg_bench.gallery.single_users import single_user_cosines
 from secagg_client.data import Split, load_dataset, split_leave_one_out
 
@@ -38,6 +39,8 @@ _ATTACKERS = {1: (0,), 3: (0, 1, 2)}
 _BATCH = 50
 _CAP = 20_000
 _SPLITS = ("random", "taste")
+_TIGHTER = (0.5, 0.2, 0.05)  # clips, in units of the setting's
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 THRESHOLDS = (-0.2, -0.1, -0.05, 0.0, 0.05)
 """Values of min_cosine for which honest refusals are worked out from exact cosines."""
 
@@ -58,7 +61,7 @@ class Sizes:
     """
 
     setting: Setting = field(default_factory=Setting)
-    trials: int = 100
+    trials: int = 1000
     attempts: int = 10
     single_users: int = 60
     seed: int = 1
@@ -128,7 +131,7 @@ def _case(index: int, trials: int, attempts: int, seed: int) -> dict[str, Any]:
     """How often each layer stopped the last upload of a malformed attack."""
     case, layers, lost, excess = CASES[index], Counter[Layer](), 0, 0.0
     for number, count in enumerate(_batches(case, trials, attempts)):
-        scene = Scene(gallery_plan(case.tolerated), seed + 1000 * index + number)
+        scene = Scene(case.plan, seed + 1000 * index + number)
         sent = [upload for _ in range(count) for upload in case.build(scene)]
         ended = outcome(scene, sent)
         # Of a second one of a kind, only the second can be told from an honest upload.
@@ -184,6 +187,17 @@ def _jobs(sizes: Sizes) -> list[_Job]:
                     )
                     for defence in defences
                 ]
+    if sizes.chosen([_by_name(_PROMOTION)]):
+        jobs += [
+            _Job(("clips", f"{base.clip:g}", str(count), name), _train_with, (base, *arguments))
+            for base in _tighter(setting)
+            for count in _ATTACKERS
+            for name, arguments in (
+                ("alone", ("random", None, count, "none")),
+                ("none", ("random", _PROMOTION, count, "none")),
+                ("norm", ("random", _PROMOTION, count, "norm")),
+            )
+        ]
     for kind in _SPLITS:
         for silos in (setting.silos - 2, setting.silos):
             base = replace(setting, silos=silos)
@@ -201,6 +215,11 @@ def _jobs(sizes: Sizes) -> list[_Job]:
 
 
 _FLIP = "update times -10"
+_PROMOTION = "promotion at the bound"
+
+
+def _tighter(setting: Setting) -> list[Setting]:
+    return [replace(setting, clip=share * setting.clip) for share in _TIGHTER]
 
 
 def run_gallery(
@@ -227,7 +246,11 @@ def run_gallery(
     started, done = time.perf_counter(), {}
     jobs = _jobs(sizes)
     with ProcessPoolExecutor(
-        processes or os.cpu_count(), initializer=_load, initargs=(dataset, data_dir)
+        processes or os.cpu_count(),
+        # Processes of their own, so that libraries read how many threads they may have.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_load,
+        initargs=(dataset, data_dir),
     ) as pool:
         waiting = {pool.submit(job.work, *job.arguments): job for job in jobs}
         for number, future in enumerate(as_completed(waiting), start=1):
@@ -248,6 +271,7 @@ def run_gallery(
         "taste": _taste(sizes.setting, done),
         "attacks": _rows("attacks", sizes.chosen(ATTACKS), done),
         "weights": _rows("weights", sizes.chosen(WEIGHT_ATTACKS), done),
+        "clips": _clips(sizes.setting, done),
         "direction": _direction(sizes.setting, done),
         "malformed": [done["malformed", case.name] for case in sizes.chosen(CASES)],
     }
@@ -292,6 +316,31 @@ def _rows(group: str, attacks: Sequence[Attack], done: dict[Any, Any]) -> list[d
     return rows
 
 
+def _clips(setting: Setting, done: dict[Any, Any]) -> dict[str, Any]:
+    """The promotion again under tighter clips, and what honest updates measure."""
+    alone: Run = done["attacks", "", "1", "alone"]
+    return {
+        "attack": _PROMOTION,
+        "honest_norms": [
+            {"least": min(row), "median": float(np.median(row)), "most": max(row)}
+            for row in alone.norms
+        ],
+        "rows": [
+            {
+                "clip": base.clip,
+                "attackers": count,
+                "runs": {
+                    name: done["clips", f"{base.clip:g}", str(count), name].summary()
+                    for name in ("alone", "none", "norm")
+                },
+            }
+            for base in _tighter(setting)
+            for count in _ATTACKERS
+            if ("clips", f"{base.clip:g}", str(count), "norm") in done
+        ],
+    }
+
+
 def _direction(setting: Setting, done: dict[Any, Any]) -> dict[str, Any]:
     honest = []
     for kind in _SPLITS:
@@ -327,7 +376,7 @@ def validate(results: dict[str, Any]) -> None:
     """
     expected = {
         *("command", "dataset", "sizes", "seconds", "machine"),
-        *("taste", "attacks", "weights", "direction", "malformed"),
+        *("taste", "attacks", "weights", "clips", "direction", "malformed"),
     }
     if set(results) != expected:
         raise ValueError(f"expected results with {sorted(expected)}; got {sorted(results)}")
@@ -340,6 +389,17 @@ def validate(results: dict[str, Any]) -> None:
         for row in results[group]:
             for name, run in row["runs"].items():
                 _check_run(f"{row['name']}, {name}", run, results["sizes"]["setting"])
+    tighter = [
+        (share * results["sizes"]["setting"]["clip"], n) for share in _TIGHTER for n in (1, 3)
+    ]
+    rows = results["clips"]["rows"]
+    if [(row["clip"], row["attackers"]) for row in rows] != (
+        tighter if not only or _PROMOTION in only else []
+    ):
+        raise ValueError("expected a row for each tighter clip and number of attackers")
+    for row in rows:
+        for name, run in row["runs"].items():
+            _check_run(f"clip {row['clip']}, {name}", run, results["sizes"]["setting"])
     for row in results["malformed"]:
         if sum(row["layers"].values()) != row["trials"] or row["trials"] < 1:
             raise ValueError(f"expected layers of {row['name']!r} to add up to its trials")
@@ -382,6 +442,8 @@ def main(
     command = shlex.join(
         ["python", "-m", "secagg_bench.gallery.run", f"--rounds={rounds}", f"--trials={trials}"]
     )
+    # Jobs run side by side already: more threads would only wait for each other.
+    os.environ.update(_ONE_THREAD)
     results = run_gallery(
         sizes, dataset, data_dir, typer.echo, command=command, processes=processes
     )
