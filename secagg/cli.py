@@ -15,8 +15,9 @@ import typer
 from secagg import audit_commands, provisioning_commands
 from secagg.commands import OutputFormat, exits_cleanly, print_json, print_table, version
 from secagg.errors import SecaggError
-from secagg.parameters import MIN_COHORT, MODULUS, RING_DEGREE, SECURITY_BITS, Plan
+from secagg.parameters import MIN_COHORT, MODULUS, RING_DEGREE, SECURITY_BITS, NormCheck, Plan
 from secagg.planner import FAILURE_BITS, explain, plan_tensors
+from secagg.sketch_shape import sketch_bytes
 
 __all__ = ["app"]
 
@@ -45,6 +46,7 @@ def plan_command(
     weight_cap: Annotated[
         int | None, typer.Option(help="weigh by samples, up to this many; else equally")
     ] = None,
+    norm_check: Annotated[bool, typer.Option(help="leave room for the encrypted norm check")] = True,
     format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
 ) -> None:
     """Plan an exact sum and explain it line by line, or say why there is none."""
@@ -56,6 +58,7 @@ def plan_command(
         bits=bits,
         weighting="equal" if weight_cap is None else "samples",
         weight_cap=1 if weight_cap is None else weight_cap,
+        norm_check=NormCheck() if norm_check else None,
     )
     if format_ is OutputFormat.json:
         print_json(_facts(plan, parameters))
@@ -78,6 +81,8 @@ def _facts(plan: Plan, parameters: int) -> dict[str, object]:
         "ciphertexts": plan.blocks,
         "upload_bytes": plan.payload_bytes,
         "bytes_per_parameter": plan.payload_bytes / parameters,
+        "norm_check": None if plan.norm_check is None else asdict(plan.norm_check),
+        "sketch_bytes": sketch_bytes(plan, direction=True),
         "explanation": [asdict(fact) for fact in explain(plan)],
     }
 

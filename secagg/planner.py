@@ -50,6 +50,7 @@ from secagg.sketch_shape import (
     SMALLEST_DIRECTION,
     honest_norm,
     quietest_shift,
+    sketch_bytes,
 )
 
 __all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
@@ -60,7 +61,9 @@ FAILURE_BITS = 40
 
 _AUDITED_NOISE = 28  # the largest that a noise audit may let pass
 
-_BEYOND = 1.5  # an update of 1.5 times its bound is refused, whatever its form (docs/checks.md)
+# What accepted updates may hold in one value: more than that, in one place, is refused. Spread over
+# one root, up to twice the bound can get past, in values far below it (docs/checks.md).
+_BEYOND = 1.5
 
 
 def make_plan(
@@ -247,7 +250,7 @@ def _refusal(segment: Segment, clients: int, shift: int, base: int, check: NormC
     # Only integers can be too large: 16 bits of a million clients fit with room to spare.
     works = ((MODULUS >> shift) - 2) // 4 // clients
     hint = f"max_abs={works} would work"
-    if check is not None:
+    if check is not None and segment.norm_bound:
         hint = "plan a smaller max_abs or max_norm, fewer tolerated clients, or no norm check"
     return (
         f"segment {segment.name!r}: the sum of {clients} clients with values up to "
@@ -297,7 +300,7 @@ def explain(plan: Plan) -> list[Fact]:
     for segment, layout in zip(plan.segments, plan.layouts, strict=True):
         rows += _explain_segment(segment, layout)
     if plan.norm_check is not None:
-        rows.append(_explain_check(plan.norm_check))
+        rows.append(_explain_check(plan, plan.norm_check))
     rows += [
         Fact("ciphertexts", f"{plan.blocks} polynomials", "one each: the other half is public"),
         Fact(
@@ -310,12 +313,14 @@ def explain(plan: Plan) -> list[Fact]:
     return rows
 
 
-def _explain_check(check: NormCheck) -> Fact:
+def _explain_check(plan: Plan, check: NormCheck) -> Fact:
     direction = "" if check.min_cosine is None else f", cosine at least {check.min_cosine:g}"
+    size = sketch_bytes(plan, direction=True)
     return Fact(
         "norm check",
         f"{check.sketches} sketches, margin {check.margin:.0%}{direction}",
-        f"{check.tolerated} client(s) that get past it cannot stop a round",
+        f"{size} bytes a client from server to key holder; {check.tolerated} client(s) that get "
+        "past it cannot stop a round",
     )
 
 

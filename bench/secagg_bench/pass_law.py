@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammainc, gammaincc
 
 __all__ = [
     "Transform",
     "blocks_in_phase",
+    "confidence",
     "dense_passes",
+    "drawn_mixes",
     "many_blocks",
     "one_block",
     "pass_probability",
@@ -34,13 +35,44 @@ _CHUNK = 500
 
 
 def refused(margin: float, degrees: int) -> float:
-    """Probability that a dense honest update exactly at its bound is refused."""
-    return float(gammaincc(degrees / 2, degrees / 2 * (1 + margin) ** 2))
+    """Probability that a dense honest update exactly at its bound is refused; even degrees."""
+    # Chi-square beyond x is a Poisson variable of mean x / 2 below half the degrees.
+    return _poisson(range(degrees // 2), degrees / 2 * (1 + margin) ** 2)
 
 
 def dense_passes(norm: float, margin: float, degrees: int) -> float:
     """Probability that a dense update passes; its norm as a multiple of the bound."""
-    return float(gammainc(degrees / 2, degrees / 2 * ((1 + margin) / norm) ** 2))
+    half = degrees // 2
+    return _poisson(range(half, 12 * half), half * ((1 + margin) / norm) ** 2)
+
+
+def _poisson(counts: range, mean: float) -> float:
+    terms = (count * math.log(mean) - mean - math.lgamma(count + 1) for count in counts)
+    return math.fsum(map(math.exp, terms))
+
+
+def confidence(passed: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval for a probability."""
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
+    counts = np.arange(trials + 1)
+    ways = factorials[-1] - factorials - factorials[::-1]
+
+    def at_most(count: int, chance: float) -> float:
+        logs = ways + counts * math.log(chance) + (trials - counts) * math.log1p(-chance)
+        return float(np.exp(logs[: count + 1]).sum())
+
+    def solved(count: int, wanted: float) -> float:
+        low, high = 1e-12, 1 - 1e-12
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(count, middle) > wanted else (low, middle)
+        return low
+
+    tail = (1 - level) / 2
+    return (
+        solved(passed - 1, 1 - tail) if passed else 0.0,
+        solved(passed, tail) if passed < trials else 1.0,
+    )
 
 
 def one_block(t: Complexes) -> Complexes:
@@ -59,17 +91,18 @@ def many_blocks(t: Complexes) -> Complexes:
     return np.concatenate(parts)
 
 
-def blocks_in_phase(amplitudes: Complexes, seed: int, draws: int = 40_000) -> Transform:
+def blocks_in_phase(
+    amplitudes: NDArray[np.complexfloating], seed: int, draws: int = 40_000
+) -> Transform:
     """The transform for amplitudes of any size and phase, one a block, by drawing mixes.
 
     Args:
         amplitudes: complex (blocks,): the update's values at the root.
     """
     drawn = np.random.default_rng(seed)
-    scale = amplitudes / np.linalg.norm(amplitudes)
-    energies = np.zeros(draws)
+    scale = amplitudes / float(np.linalg.norm(amplitudes))
     mixed = np.zeros((draws, 2), dtype=np.complex128)
-    for amplitude in scale:
+    for amplitude in scale.tolist():
         mixed += amplitude * drawn_mixes(drawn, draws)
     energies = (np.abs(mixed) ** 2).sum(axis=1) / 2
     values, counts = np.unique(np.round(energies, 9), return_counts=True)
@@ -93,7 +126,7 @@ def drawn_mixes(drawn: np.random.Generator, count: int) -> Complexes:
     signs = drawn.choice([-1.0, 1.0], (count, 4))
     kind = drawn.integers(0, 4, count)
     units = np.where(drawn.integers(0, 2, (count, 2)) == 1, 1j, 1.0)
-    out = units * signs[:, :2]
+    out: Complexes = units * signs[:, :2]
     for blind in (0, 1):
         both = kind == 2 + blind
         out[both] = 0
@@ -112,7 +145,7 @@ def pass_probability(transform: Transform, norm: float, margin: float, sketches:
     spread = saddle * 400 / math.sqrt(sketches)
     # Points close together where the integrand lives, and far apart in its tail.
     steps = np.sinh(np.linspace(0, math.asinh(1e4), _POINTS)) / 1e4 * spread
-    t = saddle + 1j * steps
+    t = np.asarray(saddle + 1j * steps, dtype=np.complex128)
     values = np.exp(sketches * np.log(transform(t)) + t * limit) / t
     return float(np.trapezoid(values.real, steps) / math.pi)
 

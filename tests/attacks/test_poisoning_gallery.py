@@ -1,9 +1,10 @@
 """Every malformed upload of the gallery, and the layer that stops it.
 
 Broken: sums without a norm check, where one client adds as much as the whole range leaves and stops
-a round whenever it likes; and forged weights that bring the sum of weights near zero. Ours runs each upload against the core library as server and key holder
-do: nothing that passes may bend the sum by more than a bound, and what cannot be stopped is listed
-here as well, with the layer where the attempt is lost.
+a round whenever it likes, and where forged weights bring the sum of all weights next to zero. Ours
+runs each upload against the core library as server and key holder do: nothing that passes may bend
+the sum by more than a bound, and what cannot be stopped is listed here as well, with the layer
+where the attempt is lost.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ from secagg.parameters import (
     IntegerSegment,
     NormCheck,
     Plan,
+    Segment,
     TensorSpec,
 )
 from secagg.planner import make_plan, plan_integers, plan_tensors
@@ -301,7 +302,7 @@ def test_of_integers_without_a_max_norm_nothing_is_shown() -> None:
     vector = np.random.default_rng(6).normal(0, 10, 1_024).round().astype(np.int64)
 
     def sketched(max_norm: float | None, number: int) -> Sketch:
-        segments = [update, IntegerSegment("clipped", 1, 1, max_norm)]
+        segments: list[Segment] = [update, IntegerSegment("clipped", 1, 1, max_norm)]
         context = fixed_context(make_plan(segments, max_clients=8, norm_check=CHECK))
         ciphertexts = encrypted(context, [vector, np.array([number])], SEED)
         return sketch(context, UPLOAD, [ciphertexts], named("challenge"))

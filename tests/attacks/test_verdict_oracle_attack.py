@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from attacker import (
     Integers,
+    Residues,
     key_of,
     name_of,
     named,
@@ -188,10 +189,14 @@ def test_every_verdict_takes_the_same_work(monkeypatch: pytest.MonkeyPatch) -> N
         "without the weight for it": np.rint(0.9 * steps),
         "against the direction": honest - 2 * np.rint(0.9 * steps),
     }
-    ours, looked, verdicts = norm_check._masked, list[Rows](), {}
-    monkeypatch.setattr(
-        norm_check, "_masked", lambda *given: looked.append(given[0]) or ours(*given)
-    )
+    ours, looked = norm_check._masked, list[Rows]()
+
+    def counted(rows: Rows, key: Integers) -> Residues:
+        looked.append(rows)
+        return ours(rows, key)
+
+    monkeypatch.setattr(norm_check, "_masked", counted)
+    verdicts = {}
     for name, values in cases.items():
         seed = named("seed", name)
         ciphertexts = encrypted(context, [values.astype(np.int64)], seed)

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 import secagg_keyholder.cli
 from secagg.cli import app as secagg_app
 from secagg.errors import MalformedError, SecaggError
+from secagg.parameters import NormCheck
 from secagg.planner import plan_tensors
+from secagg.sketch_shape import sketch_bytes
 from secagg_server.cli import app as server_app
 from secagg_server.tasks import TaskSpec, read_task
 
@@ -72,7 +74,7 @@ def test_a_plan_as_json_is_complete_and_typed() -> None:
     )
     assert (result.exit_code, result.stderr) == (0, "")
     facts = json.loads(result.stdout)
-    plan = plan_tensors(5000, max_clients=100, clip=1.0, bits=9)
+    plan = plan_tensors(5000, max_clients=100, clip=1.0, bits=9, norm_check=NormCheck())
     kinds = {
         "plan_digest": str,
         "ring_degree": int,
@@ -86,6 +88,8 @@ def test_a_plan_as_json_is_complete_and_typed() -> None:
         "ciphertexts": int,
         "upload_bytes": int,
         "bytes_per_parameter": float,
+        "norm_check": dict,
+        "sketch_bytes": int,
         "explanation": list,
     }
     assert {key: type(value) for key, value in facts.items()} == kinds
@@ -94,7 +98,8 @@ def test_a_plan_as_json_is_complete_and_typed() -> None:
     assert facts["bytes_per_parameter"] == plan.payload_bytes / 5000
     (layout,) = facts["layouts"]
     assert layout["blocks"] == plan.blocks
-    assert layout["sum_abs"] == 100 * 255
+    assert layout["sum_abs"] == 100 * 255 + layout["tolerance"] > 100 * 255
+    assert facts["sketch_bytes"] == sketch_bytes(plan, direction=False)
     assert all(fact.keys() == {"topic", "value", "reason"} for fact in facts["explanation"])
 
 
@@ -110,9 +115,23 @@ def test_weights_change_the_plan() -> None:
     equal = json.loads(run(secagg_app, *arguments).stdout)
     weighted = json.loads(run(secagg_app, *arguments, "--weight-cap", 50).stdout)
     expected = plan_tensors(
-        500, max_clients=100, clip=1.0, weighting="samples", weight_cap=50
+        500,
+        max_clients=100,
+        clip=1.0,
+        weighting="samples",
+        weight_cap=50,
+        norm_check=NormCheck(),
     ).digest.hex()
     assert weighted["plan_digest"] == expected != equal["plan_digest"]
+
+
+def test_a_plan_without_a_norm_check_needs_less_room() -> None:
+    arguments = ["plan", "--clients", 8, "--parameters", 27_000, "--format", "json"]
+    checked = json.loads(run(secagg_app, *arguments).stdout)
+    unchecked = json.loads(run(secagg_app, *arguments, "--no-norm-check").stdout)
+    assert unchecked["norm_check"] is None
+    assert unchecked["sketch_bytes"] == 0
+    assert unchecked["upload_bytes"] < checked["upload_bytes"]
 
 
 @pytest.mark.parametrize(

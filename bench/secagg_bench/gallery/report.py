@@ -35,7 +35,8 @@ def markdown(results: dict[str, Any]) -> str:
     note = (
         f"Measured on {results['dataset']}: {setting['silos']} clients, {setting['rounds']} "
         f"rounds, {setting['dimensions']} factors, clip {setting['clip']:g}, seed "
-        f"{setting['seed']}; HR@10 of honest clients' users. Written by `{results['command']}`."
+        f"{setting['seed']}; HR@10 of honest clients' users. Written by `{results['command']}` in "
+        f"{results['seconds'] / 60:.0f} minutes, {results['machine']['processes']} processes."
     )
     parts = [
         note,

@@ -39,7 +39,6 @@ _ATTACKERS = {1: (0,), 3: (0, 1, 2)}
 _BATCH = 50
 _CAP = 20_000
 _SPLITS = ("random", "taste")
-_TIGHTER = (0.5, 0.2, 0.05)  # clips, in units of the setting's
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 THRESHOLDS = (-0.2, -0.1, -0.05, 0.0, 0.05)
 """Values of min_cosine for which honest refusals are worked out from exact cosines."""
@@ -57,6 +56,7 @@ class Sizes:
         attempts: whole attempts at a round of each other malformed attack.
         single_users: clients a round where each client is one user.
         seed: of the malformed attacks.
+        tighter: clips under which one attack is run again, in units of the setting's.
         only: names of the attacks that are run; all when empty.
     """
 
@@ -65,6 +65,7 @@ class Sizes:
     attempts: int = 10
     single_users: int = 60
     seed: int = 1
+    tighter: tuple[float, ...] = (0.5, 0.2, 0.05)
     only: tuple[str, ...] = ()
 
     def chosen(self, among: Sequence[_Named]) -> list[_Named]:
@@ -187,17 +188,16 @@ def _jobs(sizes: Sizes) -> list[_Job]:
                     )
                     for defence in defences
                 ]
-    if sizes.chosen([_by_name(_PROMOTION)]):
-        jobs += [
-            _Job(("clips", f"{base.clip:g}", str(count), name), _train_with, (base, *arguments))
-            for base in _tighter(setting)
-            for count in _ATTACKERS
-            for name, arguments in (
-                ("alone", ("random", None, count, "none")),
-                ("none", ("random", _PROMOTION, count, "none")),
-                ("norm", ("random", _PROMOTION, count, "norm")),
-            )
-        ]
+    jobs += [
+        _Job(("clips", f"{base.clip:g}", str(count), name), _train_with, (base, *arguments))
+        for base in _tighter(sizes)
+        for count in _ATTACKERS
+        for name, arguments in (
+            ("alone", ("random", None, count, "none")),
+            ("none", ("random", _PROMOTION, count, "none")),
+            ("norm", ("random", _PROMOTION, count, "norm")),
+        )
+    ]
     for kind in _SPLITS:
         for silos in (setting.silos - 2, setting.silos):
             base = replace(setting, silos=silos)
@@ -218,8 +218,9 @@ _FLIP = "update times -10"
 _PROMOTION = "promotion at the bound"
 
 
-def _tighter(setting: Setting) -> list[Setting]:
-    return [replace(setting, clip=share * setting.clip) for share in _TIGHTER]
+def _tighter(sizes: Sizes) -> list[Setting]:
+    setting = sizes.setting
+    return [replace(setting, clip=share * setting.clip) for share in sizes.tighter]
 
 
 def run_gallery(
@@ -244,9 +245,9 @@ def run_gallery(
         What is written to ``bench/results/gallery.json``, validated.
     """
     started, done = time.perf_counter(), {}
-    jobs = _jobs(sizes)
+    jobs, processes = _jobs(sizes), processes or os.cpu_count() or 1
     with ProcessPoolExecutor(
-        processes or os.cpu_count(),
+        processes,
         # Processes of their own, so that libraries read how many threads they may have.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_load,
@@ -264,6 +265,7 @@ def run_gallery(
         "sizes": asdict(sizes),
         "seconds": time.perf_counter() - started,
         "machine": {
+            "processes": processes,
             "platform": platform.platform(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("secagg", "numpy", "torch", "tenseal")},
@@ -271,7 +273,7 @@ def run_gallery(
         "taste": _taste(sizes.setting, done),
         "attacks": _rows("attacks", sizes.chosen(ATTACKS), done),
         "weights": _rows("weights", sizes.chosen(WEIGHT_ATTACKS), done),
-        "clips": _clips(sizes.setting, done),
+        "clips": _clips(sizes, done),
         "direction": _direction(sizes.setting, done),
         "malformed": [done["malformed", case.name] for case in sizes.chosen(CASES)],
     }
@@ -316,7 +318,7 @@ def _rows(group: str, attacks: Sequence[Attack], done: dict[Any, Any]) -> list[d
     return rows
 
 
-def _clips(setting: Setting, done: dict[Any, Any]) -> dict[str, Any]:
+def _clips(sizes: Sizes, done: dict[Any, Any]) -> dict[str, Any]:
     """The promotion again under tighter clips, and what honest updates measure."""
     alone: Run = done["attacks", "", "1", "alone"]
     return {
@@ -334,9 +336,8 @@ def _clips(setting: Setting, done: dict[Any, Any]) -> dict[str, Any]:
                     for name in ("alone", "none", "norm")
                 },
             }
-            for base in _tighter(setting)
+            for base in _tighter(sizes)
             for count in _ATTACKERS
-            if ("clips", f"{base.clip:g}", str(count), "norm") in done
         ],
     }
 
@@ -389,17 +390,14 @@ def validate(results: dict[str, Any]) -> None:
         for row in results[group]:
             for name, run in row["runs"].items():
                 _check_run(f"{row['name']}, {name}", run, results["sizes"]["setting"])
-    tighter = [
-        (share * results["sizes"]["setting"]["clip"], n) for share in _TIGHTER for n in (1, 3)
-    ]
-    rows = results["clips"]["rows"]
-    if [(row["clip"], row["attackers"]) for row in rows] != (
-        tighter if not only or _PROMOTION in only else []
-    ):
+    setting, rows = results["sizes"]["setting"], results["clips"]["rows"]
+    clips = [share * setting["clip"] for share in results["sizes"]["tighter"]]
+    tighter = [(clip, count) for clip in clips for count in _ATTACKERS]
+    if [(row["clip"], row["attackers"]) for row in rows] != tighter:
         raise ValueError("expected a row for each tighter clip and number of attackers")
     for row in rows:
         for name, run in row["runs"].items():
-            _check_run(f"clip {row['clip']}, {name}", run, results["sizes"]["setting"])
+            _check_run(f"clip {row['clip']}, {name}", run, setting)
     for row in results["malformed"]:
         if sum(row["layers"].values()) != row["trials"] or row["trials"] < 1:
             raise ValueError(f"expected layers of {row['name']!r} to add up to its trials")
