@@ -192,7 +192,8 @@ def _probe_shape(segment: int, layout: Layout, check: NormCheck, wanted: int) ->
     # overflow that digit: it would point the other way.
     densest = (1 + check.margin) * layout.norm * math.sqrt(digits / layout.values)
     longest = int(layout.base / (_PROBE_ROOM * densest))
-    sampled = max(1, min(longest, _LONGEST_PROBE, layout.values // digits))
+    most = min(layout.values, wanted) // digits  # more would tell more of the other digits
+    sampled = max(1, min(longest, _LONGEST_PROBE, most))
     probes = min(_MAX_PROBES, math.ceil(wanted / (sampled * digits)))
     return ProbeShape(digits * probes, 1, 1, segment, digits, sampled)
 
