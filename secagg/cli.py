@@ -46,7 +46,9 @@ def plan_command(
     weight_cap: Annotated[
         int | None, typer.Option(help="weigh by samples, up to this many; else equally")
     ] = None,
-    norm_check: Annotated[bool, typer.Option(help="leave room for the encrypted norm check")] = True,
+    norm_check: Annotated[
+        bool, typer.Option(help="leave room for the encrypted norm check")
+    ] = True,
     format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
 ) -> None:
     """Plan an exact sum and explain it line by line, or say why there is none."""

@@ -160,7 +160,8 @@ def norm_shapes(plan: Plan) -> list[NormShape]:
 
 
 def _norm_shape(segment: int, layout: Layout, check: NormCheck) -> NormShape:
-    wanted = math.ceil(max(_VALUES / layout.digits, _VALUES_OF_A_DIGIT) / check.sketches)
+    filled = min(layout.digits, -(-layout.values // RING_DEGREE))
+    wanted = math.ceil(max(_VALUES / filled, _VALUES_OF_A_DIGIT) / check.sketches)
     dropped = 2 if _quiet(layout.norm, layout.shift, 2, layout.blocks) else 1
     return NormShape(check.sketches, 1 << (wanted - 1).bit_length(), dropped, segment)
 

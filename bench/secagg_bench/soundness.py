@@ -298,20 +298,15 @@ def _opened(name: str, coefficients: Integers, upload: bytes, key: bytes) -> Int
         shape, slice(0, layout.blocks), Stream.derive("sketch", key, upload, shape.segment)
     )
     mixes = look._mixes.reshape(shape.rows, BLINDS, 2, layout.blocks)
-    mixed = mixes[:, :, 0] + mixes[:, :, 1] * _turn()[:, None, None, None]
-    blinds = _spectrum(look._blinds.astype(np.float64)).reshape(shape.rows, BLINDS, -1)
-    grid = coefficients >> layout.shift
-    # X**2048 is i at every other root and -i at the others, so that mixes are two complex matrices.
-    digits = np.moveaxis(balanced_digits(layout, grid), 1, 0)
-    shown = np.empty((shape.rows, layout.digits, shape.values), dtype=np.int64)
+    mixed = mixes[:, :, 0] + 1j * mixes[:, :, 1]
+    blinds = _spectrum(look._blinds).reshape(shape.rows, BLINDS, -1)
+    digits = np.moveaxis(balanced_digits(layout, coefficients >> layout.shift), 1, 0)
+    shown = np.zeros((shape.rows, layout.digits, shape.values), dtype=np.int64)
+    places = look._positions.astype(np.intp)
     for digit, values in enumerate(digits):
-        spectrum = _spectrum(values.astype(np.float64))
-        rows = np.zeros((shape.rows, RING_DEGREE), dtype=np.complex128)
-        for half in (0, 1):
-            part = np.einsum("ilj,jk->ilk", mixed[half], spectrum[:, half::2])
-            rows[:, half::2] = (blinds[:, :, half::2] * part).sum(axis=1)
-        whole = np.rint(_coefficients(rows)).astype(np.int64)
-        shown[:, digit] = np.take_along_axis(whole, look._positions.astype(np.intp), axis=1)
+        if values.any():
+            rows = (blinds * (mixed @ _spectrum(values))).sum(axis=1)
+            shown[:, digit] = np.take_along_axis(_coefficients(rows), places, axis=1)
     # Digits of the sum: what leaves one goes over into the next.
     half_base = layout.base // 2
     for digit in range(layout.digits - 1):
@@ -322,23 +317,21 @@ def _opened(name: str, coefficients: Integers, upload: bytes, key: bytes) -> Int
 
 
 @cache
-def _turn() -> NDArray[np.complex128]:
-    return np.array([1j, -1j])
-
-
-@cache
 def _twist() -> NDArray[np.complex128]:
-    twist: NDArray[np.complex128] = np.exp(1j * np.pi * np.arange(RING_DEGREE) / RING_DEGREE)
+    twist: NDArray[np.complex128] = np.exp(1j * np.pi * np.arange(RING_DEGREE // 2) / RING_DEGREE)
     return twist
 
 
-def _spectrum(polynomials: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """Values at the roots exp(i pi (2 k + 1) / 4096)."""
-    return np.fft.ifft(polynomials * _twist(), axis=-1) * RING_DEGREE
+def _spectrum(polynomials: Integers) -> NDArray[np.complex128]:
+    """Values at those roots of X**4096 + 1 where X**2048 is i; at the others, their conjugates."""
+    low, high = np.split(polynomials.astype(np.float64), 2, axis=-1)
+    return np.fft.ifft((low + 1j * high) * _twist(), axis=-1, norm="forward")
 
 
-def _coefficients(spectrum: NDArray[np.complex128]) -> NDArray[np.float64]:
-    return (np.fft.fft(spectrum, axis=-1) / RING_DEGREE * _twist().conj()).real
+def _coefficients(spectrum: NDArray[np.complex128]) -> Integers:
+    folded = np.fft.fft(spectrum, axis=-1, norm="forward") * _twist().conj()
+    whole: Integers = np.rint(np.concatenate([folded.real, folded.imag], -1)).astype(np.int64)
+    return whole
 
 
 def _encrypted(name: str, norm: float, drawn: np.random.Generator) -> bool:
@@ -454,10 +447,10 @@ def _malformed() -> Iterator[Trial]:
         "all zero (accepted)": _nothing,
     }
     for form, make in forms.items():
-        trials = (
-            3_000 if form in ("half a base on every 4th", "half a base on every 2nd") else 1_000
-        )
-        yield Trial(form, "three blocks", "zero key", trials, make)
+        yield Trial(form, "three blocks", "zero key", 1_000, make)
+    for every, form in ((1, "everywhere"), (2, "on every 2nd"), (4, "on every 4th")):
+        name = (f"half a base {form}", "three blocks", "integers", 20_000)
+        yield Trial(*name, _shift(2, every))
 
 
 def _portion(index: int, start: int, count: int) -> int:
@@ -512,6 +505,9 @@ def _measure(scale: float, pool: Executor, progress: Progress) -> list[Outcome]:
             progress.update(task, completed=min(start + _PORTION, trials))
         progress.remove_task(task)
         outcomes.append(_outcome(trial, trials, passed, time.perf_counter() - started))
+        progress.console.print(
+            f"{trial.form}, {trial.norm:g}x, {trial.plan}, {trial.judged}: {passed} of {trials}"
+        )
     return outcomes
 
 
@@ -657,7 +653,8 @@ def _check(results: dict[str, object], outcomes: list[Outcome]) -> None:
         accepted = line.form.startswith(("honest", "all zero"))
         if not 0 <= line.low <= line.passed / line.trials <= line.high <= 1:
             raise RuntimeError(f"no probabilities: {named}")
-        if accepted and line.passed != line.trials:
+        # Where all energy is in one digit, the law allows five in a million: see `refused`.
+        if accepted and line.trials - line.passed > line.trials // 10_000:
             raise RuntimeError(f"{line.trials - line.passed} refused: {named}")
         if line.form == "random direction" and line.norm >= 1.5 and line.passed > line.trials / 1e3:
             raise RuntimeError(f"{line.passed} of {line.trials} passed: {named}")
@@ -764,7 +761,7 @@ def _draw(outcomes: list[Outcome], target: Path) -> None:
     mpl.rcParams["font.size"] = 10
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    norms = np.linspace(1.0, 3.6, 80)
+    norms = np.linspace(1.0, 3.6, 53)
     three = blocks_in_phase(np.ones(3, dtype=np.complex128), _SEED)
     curves = {
         "random direction": [dense_passes(norm, 0.2, 768) for norm in norms],

@@ -339,7 +339,8 @@ class Coordinator:
             # without somebody, and from two sums over the same updates it could read that one off.
             self._store.void_round(row.key, _reason(error))
             _LOG.warning("round_void", round=row.round_number, why=error.reason)
-            return await self._forget(row.task_id)
+            await self._forget(row.task_id)
+            return
         release_ms = (time.perf_counter() - started) * 1000
         failpoint("release-received")
         release = Release(context.plan, context.rotation, answer.contributors, answer.sums)

@@ -1,4 +1,4 @@
-"""The soundness measurement: its laws against other derivations, its shortcut against the library."""
+"""How soundness is measured: laws by other derivations, the shortcut against the library."""
 
 from __future__ import annotations
 

@@ -481,6 +481,14 @@ def test_verdicts_wait_for_every_sketch() -> None:
     assert len(it.holder.verdicts()) == 5
 
 
+def test_a_round_in_which_nothing_was_admitted_gives_no_verdicts() -> None:
+    it = Round()
+    with pytest.raises(ClosedError, match="sketch"):
+        it.holder.verdicts()
+    # And is not closed to uploads by having been asked.
+    it.holder.admit(it.uploads[0].admission)
+
+
 def test_verdicts_are_given_once_and_for_all() -> None:
     it = Round()
     first = it.judged()

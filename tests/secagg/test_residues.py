@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from secagg import ring
 from secagg.errors import MalformedError
 from secagg.parameters import BLOCK_BYTES, MODULUS
-from secagg.residues import HALF_BITS, ResidueSum, halves, joined, multiply, narrow, widen
+from secagg.residues import (
+    HALF_BITS,
+    ResidueSum,
+    halves,
+    joined,
+    multiply,
+    narrow,
+    reduced,
+    widen,
+)
 
 
 def uniform(seed: int, blocks: int) -> NDArray[np.uint64]:
@@ -244,3 +253,13 @@ def test_signed_mixes_of_polynomials_equal_python_integers(seed: int, count: int
     found = joined(weights.astype(np.float64) @ halves(residues))
     exact = weights.astype(object) @ residues.astype(object) % MODULUS
     assert np.array_equal(found.astype(object), exact)
+
+
+def test_any_numbers_are_reduced() -> None:
+    multiples = [factor * MODULUS + offset for factor in (1, 2, 255) for offset in (-1, 0, 1)]
+    numbers = [0, 1, *multiples, 256 * MODULUS - 1, 2**63, 2**64 - 1]
+    found = reduced(np.array(numbers, dtype=np.uint64))
+    assert found.dtype == np.uint64
+    assert found.tolist() == [number % MODULUS for number in numbers]
+    drawn = np.random.default_rng(1).integers(0, 2**64, (3, 1000), dtype=np.uint64)
+    assert np.array_equal(reduced(drawn).astype(object), drawn.astype(object) % MODULUS)
