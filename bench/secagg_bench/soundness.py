@@ -675,8 +675,13 @@ def main(
     ),
     scale: Annotated[float, typer.Option(min=0.0001, help="share of the trials to make")] = 1.0,
     processes: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
+    redraw: Annotated[bool, typer.Option(help="only draw what is in the output file")] = False,
 ) -> None:
     """Measure how often the norm check is wrong, and draw it."""
+    if redraw:
+        kept = json.loads(output.read_text(encoding="utf-8"))
+        _draw([Outcome(**line) for line in kept["outcomes"]], figure)
+        return
     started = time.perf_counter()
     os.environ.update(_ONE_THREAD)  # of the workers, which start afresh
     console = Console()
@@ -748,9 +753,9 @@ def _described(name: str) -> dict[str, object]:
 
 _INK, _SOFT, _LINE = "#1f2933", "#5a6672", "#d9dee3"
 _SERIES = {
-    "random direction": ("#2f7d5b", "dense: random direction", "three blocks", "o"),
+    "random direction": ("#2f7d5b", "dense, any direction", "one block", "o"),
     "one root": ("#4e79a7", "one root of one block", "one block", "s"),
-    "one root, all blocks in phase": ("#b5543c", "one root of all blocks", "three blocks", "D"),
+    "one root, all blocks in phase": ("#b5543c", "one root of three blocks", "three blocks", "D"),
 }
 _FLOOR = 1e-9
 
@@ -761,29 +766,38 @@ def _draw(outcomes: list[Outcome], target: Path) -> None:
     mpl.rcParams["font.size"] = 10
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    norms = np.linspace(1.0, 3.6, 53)
+    norms = np.concatenate([np.linspace(1.0, 1.5, 40), np.linspace(1.55, 3.6, 42)])
     three = blocks_in_phase(np.ones(3, dtype=np.complex128), _SEED)
+    (shape,) = norm_shapes(_plan("one block"))  # one digit of which is filled
     curves = {
-        "random direction": [dense_passes(norm, 0.2, 768) for norm in norms],
-        "one root": [pass_probability(one_block, norm, 0.2, 16) for norm in norms],
-        "one root, all blocks in phase": [pass_probability(three, norm, 0.2, 16) for norm in norms],
+        "random direction": [dense_passes(n, 0.2, shape.rows * shape.values) for n in norms],
+        "one root": [pass_probability(one_block, n, 0.2, 16) for n in norms],
+        "one root, all blocks in phase": [pass_probability(three, n, 0.2, 16) for n in norms],
     }
     for form, (colour, label, plan, marker) in _SERIES.items():
         axes.plot(norms, curves[form], color=colour, linewidth=1.6, label=label)
         _points(axes, [o for o in outcomes if (o.form, o.plan) == (form, plan)], colour, marker)
-    many = [pass_probability(many_blocks, norm, 0.2, 16) for norm in norms]
-    axes.plot(
-        norms, many, color=_INK, linewidth=1.2, linestyle="--", label="many blocks (worst found)"
-    )
-    axes.axvline(1.2, color=_LINE, linewidth=1, zorder=0)
-    axes.annotate("margin", (1.2, 3e-9), (4, 0), textcoords="offset points", color=_SOFT)
+    many = [pass_probability(many_blocks, n, 0.2, 16) for n in norms]
+    axes.plot(norms, many, color=_INK, linewidth=1.2, linestyle="--", label="many: the worst found")
+    axes.axvline(1.2, color=_SOFT, linewidth=0.8, linestyle=":", zorder=0)
+    axes.annotate(
+        "threshold", (1.2, 2.2e-9), (-4, 0), textcoords="offset points", color=_SOFT, ha="right",
+        va="bottom", rotation=90,
+    )  # fmt: skip
+    axes.plot([], [], "v", color=_SOFT, markerfacecolor="white", label="none passed: at most")
     axes.set(yscale="log", ylim=(_FLOOR, 1.8), xlim=(1.0, 3.6))
-    axes.set_xlabel("norm of the update, in honest bounds T")
+    axes.set_xlabel("norm of the update, as a multiple of the honest bound")
     axes.set_ylabel("probability of being accepted")
     axes.grid(axis="y", color=_LINE, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="upper right", title="16 sketches, margin 0.2")
+    axes.legend(
+        frameon=False,
+        loc="upper right",
+        title="lines: law, points: trials",
+        fontsize=9,
+        labelspacing=0.25,
+    )
     figure.savefig(target, metadata={"Date": None})
 
 
