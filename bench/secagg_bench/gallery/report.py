@@ -16,7 +16,7 @@ _Row = dict[str, Any]
 
 _INK: Final = "#1f2933"
 _SOFT: Final = "#5a6672"
-_WIDTH: Final = 1.0  # leaves room for words beside the bars
+_WIDTH: Final = 1.12  # leaves room for words beside the bars
 _COLOURS: Final = {"none": "#c2452d", "norm": "#2b6cb0", "norm and direction": "#2f7d5b"}
 _LABELS: Final = {
     "none": "undefended",
