@@ -181,7 +181,7 @@ def positions_of(plan: Plan) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]
 @pytest.mark.parametrize(
     ("clients", "parameters", "sketches", "expected"),
     [
-        (8, 1_000, 16, 0.5),
+        (8, 1_000, 16, 1.7),  # one digit, twice the values
         (8, 12_288, 16, 4.5),
         (8, 12_288, 64, 1.1),
         (8, 27_000, 16, 1.8),
