@@ -10,14 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -39,6 +34,7 @@ from secagg.sampling import Stream, uniform_polynomials
 from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
 from secagg.transcript import DIGEST_BYTES
 from secagg.upload import Admission, Upload
+from secagg_bench.one_core import in_child, machine, pin, timed
 
 __all__ = ["app"]
 
@@ -46,7 +42,6 @@ _MAX_CLIENTS = 1000
 _MEMORY_COHORTS = (3, 30, 300)
 _SLOTS = 4096
 _FLOAT32_BYTES = 4.0
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _RECEIPT_BYTES = CLIENT_KEY_BYTES + SIGNATURE_BYTES + 5 * DIGEST_BYTES
 
 app = typer.Typer(help=__doc__)
@@ -88,12 +83,6 @@ def _vector(parameters: int) -> NDArray[np.float32]:
     return update
 
 
-def _timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 class _Ours:
     """One round of this library at a time; every step once a pair."""
 
@@ -117,10 +106,10 @@ class _Ours:
         )
         uploads: list[Upload] = []
         seconds = {
-            "encrypt": _timed(
+            "encrypt": timed(
                 lambda: uploads.append(encrypt_quantized(context, parts, SigningKey.generate()))
             ),
-            "quantize_encrypt": _timed(
+            "quantize_encrypt": timed(
                 lambda: uploads.append(Encryptor(context).encrypt(self.update))
             ),
         }
@@ -129,16 +118,16 @@ class _Ours:
         # The first addition of a round pays for fresh memory; neither side's is timed.
         for upload in uploads[1:]:
             server.add(upload)
-        seconds["add"] = _timed(lambda: server.add(uploads[0]))
+        seconds["add"] = timed(lambda: server.add(uploads[0]))
         total = ResidueSum(self.plan.blocks)
         total.add(widen(uploads[1].payload, self.plan.blocks))
-        seconds["add_unauthenticated"] = _timed(
+        seconds["add_unauthenticated"] = timed(
             lambda: total.add(widen(uploads[0].payload, self.plan.blocks))
         )
         aggregate = server.aggregate()
         for admission in aggregate.manifest:
             holder.admit(admission)
-        seconds["decrypt"] = _timed(lambda: holder.release(aggregate).mean())
+        seconds["decrypt"] = timed(lambda: holder.release(aggregate).mean())
         return seconds
 
 
@@ -176,9 +165,9 @@ class _TenSeal:
             total += self._api.ckks_vector_from(self._public, part)
 
     def pair(self) -> dict[str, float]:
-        seconds = {"encrypt": _timed(self._encrypt), "add": _timed(self._add)}
+        seconds = {"encrypt": timed(self._encrypt), "add": timed(self._add)}
         opened = [self._api.ckks_vector_from(self._secret, part) for part in self._sealed]
-        seconds["decrypt"] = _timed(lambda: [vector.decrypt() for vector in opened])
+        seconds["decrypt"] = timed(lambda: [vector.decrypt() for vector in opened])
         return seconds
 
 
@@ -252,29 +241,15 @@ def _peak_bytes(parameters: int, clients: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _in_child(*arguments: object) -> Any:  # noqa: ANN401 - whatever JSON the child prints
-    """Run a hidden command of this module on one core, with one thread, and read its JSON."""
-    command = [sys.executable, "-m", "secagg_bench.crypto", *map(str, arguments)]
-    done = subprocess.run(  # noqa: S603 - our own module and numbers
-        command, check=True, stdout=subprocess.PIPE, env=os.environ | _ONE_THREAD
-    )
-    return json.loads(done.stdout)
-
-
-def _pin() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
 @app.command("times", hidden=True)
 def _times_command(parameters: int, pairs: int) -> None:
-    _pin()
+    pin()
     sys.stdout.write(json.dumps([asdict(row) for row in _rows(parameters, pairs)]))
 
 
 @app.command("memory", hidden=True)
 def _memory_command(parameters: int, clients: int) -> None:
-    _pin()
+    pin()
     sys.stdout.write(json.dumps(_peak_bytes(parameters, clients)))
 
 
@@ -288,9 +263,10 @@ def main(
     """Measure time, bytes and memory against TenSEAL's CKKSVector."""
     if context.invoked_subcommand is not None:
         return
-    rows = [Row(**row) for row in _in_child("times", parameters, pairs)]
+    rows = [Row(**row) for row in in_child("secagg_bench.crypto", "times", parameters, pairs)]
     memory = [
-        Memory(clients, _in_child("memory", parameters, clients)) for clients in _MEMORY_COHORTS
+        Memory(clients, in_child("secagg_bench.crypto", "memory", parameters, clients))
+        for clients in _MEMORY_COHORTS
     ]
     if output is not None:
         output.write_text(json.dumps(_results(parameters, pairs, rows, memory), indent=2) + "\n")
@@ -307,13 +283,7 @@ def _results(
         "plan_digest": plan.digest.hex(),
         "digits": plan.layouts[0].digits,
         "float32_bytes_per_parameter": _FLOAT32_BYTES,
-        "machine": {
-            "processor": platform.machine(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "tenseal": version("tenseal"),
-        },
+        "machine": machine(),
         "rows": [asdict(row) for row in rows],
         "server_memory": [asdict(line) for line in memory],
     }
