@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, DuplicateError, QuorumError
-from secagg.residues import ResidueSum
+from secagg.residues import ResidueSum, folded
 from secagg.upload import Admission, Upload
 
 __all__ = ["Aggregate", "Aggregator"]
@@ -25,7 +25,7 @@ class Aggregate:
 
     Attributes:
         manifest: receipt and sealed seed of each upload.
-        residues: uint64 of shape (plan.blocks, 4096), below q.
+        residues: uint64 of shape (plan.sum_blocks, 4096), below q.
     """
 
     manifest: tuple[Admission, ...] = field(repr=False)
@@ -87,4 +87,5 @@ class Aggregator:
                 f"expected at least min_clients={wanted} uploads; got {self.contributors}; wait "
                 "for more or abort the round"
             )
-        return Aggregate(tuple(self._accepted.values()), self._sum.value())
+        total = folded(self._sum.value(), self._context.plan.sum_blocks)
+        return Aggregate(tuple(self._accepted.values()), total)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from secagg.errors import ConfigurationError, ContextError
 from secagg.parameters import Plan
+from secagg.residues import folded
 from secagg.sampling import Stream, uniform_polynomials
 from secagg.transcript import DIGEST_BYTES, digest
 
@@ -149,6 +150,13 @@ class RoundContext:
     def public_polynomials(self) -> NDArray[np.uint64]:
         """a_j for every block: uint64 (plan.blocks, 4096); nobody can give them structure."""
         return uniform_polynomials(self.public_stream(), self.plan.blocks)
+
+    def summed_polynomials(self) -> NDArray[np.uint64]:
+        """What a sum is masked with: uint64 (plan.sum_blocks, 4096), a segment's and its noise's.
+
+        A key holder that opens with these cannot be had to open an update without its noise.
+        """
+        return folded(self.public_polynomials(), self.plan.sum_blocks)
 
     def public_stream(self) -> Stream:
         """Where the a_j come from, one after the other, for whoever wants a few at a time."""

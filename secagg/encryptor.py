@@ -34,8 +34,9 @@ class Encryptor:
     Args:
         context: the round, as the server announced it.
         identity: the client's signing key; a new one when omitted.
-        rounding: source of the stochastic rounding; the operating system when omitted. A seeded
-            stream makes a run repeatable and is for demos and tests only.
+        randomness: source of the stochastic rounding, and of the client's privacy noise where the
+            plan has any; the operating system when omitted. A seeded stream makes a run repeatable
+            and is for demos and tests only: it takes the privacy away.
         commitment: the server's commitment to its challenge, 32 bytes, as it came with the round;
             needed where the plan has a norm check.
     """
@@ -44,13 +45,13 @@ class Encryptor:
         self,
         context: RoundContext,
         identity: SigningKey | None = None,
-        rounding: Stream | None = None,
+        randomness: Stream | None = None,
         commitment: bytes = NO_COMMITMENT,
     ) -> None:
         self._context = context
         self._commitment = commitment
         self._identity = identity or SigningKey.generate()
-        self._rounding = rounding or Stream.from_os()
+        self._randomness = randomness or Stream.from_os()
 
     def encrypt(self, contribution: Contribution, *, samples: int = 1) -> Upload:
         """Encrypt the contribution to a plan of one segment.
@@ -84,7 +85,7 @@ class Encryptor:
             contributions,
             samples=samples,
             rotation=self._context.rotation,
-            rounding=self._rounding,
+            randomness=self._randomness,
         )
         return encrypt_quantized(self._context, quantized, self._identity, self._commitment)
 
@@ -106,13 +107,19 @@ def encrypt_quantized(
             "expected the server's commitment to its challenge exactly where the plan has a norm "
             "check; pass the one that came with the round"
         )
-    for layout, part in zip(context.plan.layouts, quantized, strict=True):
-        if np.abs(part.values).max(initial=0) > layout.max_abs:
+    parts = [part.values for part in quantized]
+    parts += [part.noise for part in quantized if part.noise is not None]
+    if len(parts) != len(context.plan.upload_layouts):
+        raise InputError(
+            "expected noise exactly where the plan has clients add it; quantise with it"
+        )
+    for layout, part in zip(context.plan.upload_layouts, parts, strict=True):
+        if np.abs(part).max(initial=0) > layout.max_abs:
             raise InputError(
                 f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
                 "with the round's plan"
             )
-    return encrypt_integers(context, [part.values for part in quantized], identity, commitment)
+    return encrypt_integers(context, parts, identity, commitment)
 
 
 def encrypt_integers(
@@ -121,19 +128,19 @@ def encrypt_integers(
     identity: SigningKey,
     commitment: bytes = NO_COMMITMENT,
 ) -> Upload:
-    """Encrypt, seal and sign one vector of integers a segment, whatever they are.
+    """Encrypt, seal and sign vectors of integers, whatever they are.
 
     Any client can send what this encrypts; an honest one has `encrypt_quantized` look at it first.
 
     Args:
-        parts: int64 of shape (segment.values,) each.
+        parts: int64 of shape (segment.values,) each; where clients add noise, one more a segment.
     """
     salt = message_salt(context.id.digest, parts)
     seed = fresh_seed(salt)
     # The errors have a seed of their own, which nobody gets: the key holder sees the noise of an
     # audited upload, and who knows the errors can tell from it where a coefficient wrapped.
     coefficients = errors(fresh_seed(salt, "errors"), context.plan.blocks)
-    for (_, layout, blocks), part in zip(context.plan.block_ranges(), parts, strict=True):
+    for (layout, blocks), part in zip(context.plan.upload_ranges(), parts, strict=True):
         coefficients[blocks] += pack(layout, part)
     key = ring.to_ntt(secret(seed)[None])[0]
     payload = narrow(ckks.encrypt(coefficients, context.public_polynomials(), key))

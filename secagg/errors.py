@@ -24,6 +24,7 @@
     ├── VersionError              the two sides speak different versions    WIRE_VERSION
     ├── AuditError                an audit log that was changed             AUDIT_BROKEN
     ├── ForgedSketchError         an update was judged by something else    FORGED_SKETCH
+    ├── PrivacyError              would cost more privacy than allowed      PRIVACY_REFUSED
     ├── UploadError (soft: one upload is refused, the round goes on)
     │   ├── MalformedError        bytes of the wrong size or range          MALFORMED
     │   ├── ContextError          made for another task, round, plan, model CONTEXT_MISMATCH
@@ -36,6 +37,8 @@
         ├── NotReadyError         not yet: ask again later                  NOT_READY
         ├── OverloadedError       too much at once: ask again later         OVERLOADED
         ├── ClosedError           never again: the round has moved on       ROUND_CLOSED
+        ├── PausedError           the client has been told to stay out      PAUSED
+        ├── BudgetError           the task's privacy budget is spent        BUDGET_SPENT
         ├── QuorumError           fewer clients than the plan's minimum     QUORUM_NOT_REACHED
         ├── ReleaseError          the sum does not open under the manifest  RELEASE_REFUSED
         └── UnavailableError      the other party cannot be reached         UNAVAILABLE
@@ -51,6 +54,7 @@ from typing import ClassVar
 
 __all__ = [
     "AuditError",
+    "BudgetError",
     "CertificateError",
     "ClosedError",
     "ConfigurationError",
@@ -70,8 +74,10 @@ __all__ = [
     "NotReadyError",
     "OffGridError",
     "OverloadedError",
+    "PausedError",
     "PlaintextError",
     "PlanError",
+    "PrivacyError",
     "QuorumError",
     "ReceiptError",
     "ReleaseError",
@@ -251,6 +257,17 @@ class ForgedSketchError(SecaggError):
     exit_code = 77
 
 
+class PrivacyError(SecaggError):
+    """A contribution that would cost more privacy than was agreed to; nothing was sent.
+
+    The plan's budget, the user's own limit, or what the task began with does not allow it.
+    """
+
+    reason = "PRIVACY_REFUSED"
+    status = "FAILED_PRECONDITION"
+    exit_code = 77
+
+
 class UploadError(SecaggError):
     """One upload is refused; the round goes on without it."""
 
@@ -333,6 +350,18 @@ class ClosedError(RoundError):
     """Never again: the round, task or call has moved on."""
 
     reason = "ROUND_CLOSED"
+
+
+class PausedError(RoundError):
+    """This client has been told to contribute nothing for now."""
+
+    reason = "PAUSED"
+
+
+class BudgetError(RoundError):
+    """The task's privacy budget has no room for this release."""
+
+    reason = "BUDGET_SPENT"
 
 
 class QuorumError(RoundError):

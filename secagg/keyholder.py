@@ -1,7 +1,8 @@
 """The key holder's role: open the sum over a signed list of clients, once, and nothing else.
 
 Neither the key of a sum nor its noise ever leaves this module: a release is exact integers
-(publishing a CKKS decryption as floats hands out the key: Li and Micciancio, eprint 2020/1533).
+(publishing a CKKS decryption as floats hands out the key: Li and Micciancio, eprint 2020/1533), or
+what the plan has `publication` make of them.
 The secrets are erased as soon as the round is released or abandoned.
 
 Where the plan has a norm check, an upload is summed only if its sketch has passed (`norm_check`).
@@ -39,8 +40,10 @@ from secagg.norm_check import passes
 from secagg.onetime import secret
 from secagg.packing import unpack
 from secagg.parameters import MODULUS, RING_DEGREE, Plan
+from secagg.publication import published
 from secagg.receipts import Receipt, SigningKey
 from secagg.release import Release
+from secagg.sampling import Stream
 from secagg.sealing import RoundKeyPair, seal_info
 from secagg.sketches import Sketch
 from secagg.transcript import digest
@@ -82,6 +85,9 @@ class KeyHolder:
         roster: who may take part; anybody with a key when omitted.
         identity: signs verdicts; a new one when omitted.
         compute: runs the heavy calculations, such as in another process; here when omitted.
+        noise_key: 32 bytes that the privacy noise of mode ``"release"`` is drawn from; fresh ones
+            when omitted. Given, it makes a run repeatable, and is for tests only: whoever knows it
+            takes the noise off again.
 
     Attributes:
         context: what uploads must be made for.
@@ -101,7 +107,9 @@ class KeyHolder:
         roster: Roster | None = None,
         identity: SigningKey | None = None,
         compute: Callable[..., _T] = _here,
+        noise_key: bytes | None = None,
     ) -> None:
+        self._noise_key = noise_key
         self._pair: RoundKeyPair | None = pair or RoundKeyPair()
         self._roster = roster or OpenEnrolment()
         self._compute: Callable[..., object] = compute
@@ -264,7 +272,8 @@ class KeyHolder:
 
         Args:
             upload_digests: the manifest: SHA-256 of each upload in the sum.
-            residues: uint64 of shape (plan.blocks, 4096): the sum of the ciphertexts.
+            residues: uint64 of shape (plan.sum_blocks, 4096): the sum of the ciphertexts, each
+                segment's with its noise's (`residues.folded`).
 
         Raises:
             QuorumError: fewer distinct clients than the plan's minimum.
@@ -283,11 +292,11 @@ class KeyHolder:
         self._check_cohort(upload_digests)
         if not _is_sum(self.context.plan, residues):
             raise ReleaseError(
-                f"expected {self.context.plan.blocks} summed polynomials of residues below q; got "
-                f"shape={residues.shape}, dtype={residues.dtype}"
+                f"expected {self.context.plan.sum_blocks} summed polynomials of residues below q; "
+                f"got shape={residues.shape}, dtype={residues.dtype}"
             )
         seeds = [self._seeds[each] for each in upload_digests]
-        sums = self._guarded(name, _open_sum, self.context, seeds, residues)
+        sums = self._guarded(name, _open_sum, self.context, seeds, residues, self._noise_key)
         release = Release(self.context.plan, self.context.rotation, len(upload_digests), sums)
         self._released = (name, release)
         self.close()
@@ -323,7 +332,7 @@ class KeyHolder:
 
         Args:
             upload_digests: the manifest, as for :meth:`release_admitted`.
-            low: uint32 (plan.blocks, 4096): the sum's low bits, see `noise_audit.dithered`.
+            low: uint32 (plan.sum_blocks, 4096): the sum's low bits, see `noise_audit.dithered`.
 
         Raises:
             QuorumError, ClosedError, SealError, NormError, DuplicateError: see
@@ -397,7 +406,7 @@ class KeyHolder:
 
 
 def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:
-    expected = (plan.blocks, RING_DEGREE)
+    expected = (plan.sum_blocks, RING_DEGREE)
     return bool(
         residues.shape == expected and residues.dtype == np.uint64 and residues.max() < MODULUS
     )
@@ -408,17 +417,22 @@ def _passes(plan: Plan, seed: bytes, sketch: Sketch) -> bool:
 
 
 def _open_sum(
-    context: RoundContext, seeds: Sequence[bytes], residues: NDArray[np.uint64]
+    context: RoundContext,
+    seeds: Sequence[bytes],
+    residues: NDArray[np.uint64],
+    noise_key: bytes | None,
 ) -> tuple[NDArray[np.int64], ...]:
-    noisy = _decrypt(context, seeds, residues)
-    return tuple(
+    noisy = ckks.decrypt(residues, context.summed_polynomials(), _summed_key(seeds))
+    sums = tuple(
         unpack(layout, noisy[blocks], len(seeds))
         for _, layout, blocks in context.plan.block_ranges()
     )
+    randomness = Stream(noise_key) if noise_key else Stream.from_os()
+    return published(context.plan, context.rotation, sums, randomness)
 
 
 def _check_sum(context: RoundContext, seeds: Sequence[bytes], low: NDArray[np.uint32]) -> None:
-    if not opens(context.plan, low, _masks(context, seeds)):
+    if not opens(context.plan, low, _masks(context.summed_polynomials(), seeds)):
         raise ReleaseError(
             "expected a sum whose noise is within the guard; it is not: an upload is missing, "
             "repeated, foreign or damaged; audit the uploads"
@@ -426,19 +440,17 @@ def _check_sum(context: RoundContext, seeds: Sequence[bytes], low: NDArray[np.ui
 
 
 def _off_grid(context: RoundContext, seed: bytes, low: NDArray[np.uint32]) -> bool:
-    return off_grid(context.plan, low, _masks(context, [seed]))
+    return off_grid(context.plan, low, _masks(context.public_polynomials(), [seed]))
 
 
-def _masks(context: RoundContext, seeds: Sequence[bytes]) -> NDArray[np.int64]:
+def _masks(public: NDArray[np.uint64], seeds: Sequence[bytes]) -> NDArray[np.int64]:
     """What hides a sum of uploads: a_j times the sum of their keys, in coefficients."""
-    nothing = np.zeros((context.plan.blocks, RING_DEGREE), dtype=np.uint64)
-    return _decrypt(context, seeds, nothing)
+    return ckks.decrypt(np.zeros_like(public), public, _summed_key(seeds))
 
 
-def _decrypt(
-    context: RoundContext, seeds: Sequence[bytes], residues: NDArray[np.uint64]
-) -> NDArray[np.int64]:
+def _summed_key(seeds: Sequence[bytes]) -> NDArray[np.uint64]:
     key = np.zeros((1, RING_DEGREE), dtype=np.int64)
     for seed in seeds:
         key += secret(seed)
-    return ckks.decrypt(residues, context.public_polynomials(), ring.to_ntt(key)[0])
+    transformed: NDArray[np.uint64] = ring.to_ntt(key)[0]
+    return transformed

@@ -60,7 +60,8 @@ def dithered(
 
     Args:
         plan: what the upload consists of.
-        residues: uint64 of shape (plan.blocks, 4096): one upload's ciphertexts, below q.
+        residues: uint64 of shape (plan.blocks, 4096): one upload's ciphertexts, below q; or
+            (plan.sum_blocks, 4096): a sum's.
         randomness: source of dither and cover; the operating system when omitted. Otherwise a
             stream keyed by it for this very upload, so that an audit can be repeated.
 
@@ -71,12 +72,12 @@ def dithered(
     Raises:
         InputError: another shape or type, or a residue of q or more.
     """
-    _check(plan, residues, np.dtype(np.uint64))
+    _check(residues, (plan.blocks, plan.sum_blocks), np.dtype(np.uint64))
     if residues.max() >= MODULUS:
         raise InputError(f"expected residues below q={MODULUS}; one is not; use `residues.widen`")
     stream = Stream.from_os() if randomness is None else randomness
     low = np.empty(residues.shape, dtype=np.uint32)
-    for shift, part in _parts(plan):
+    for shift, part in _parts(plan, residues.shape[0]):
         coefficients = _lifted(ring.from_ntt(residues[part]))
         taken = uniform_polynomials(stream, len(coefficients)) < coefficients
         moved = coefficients - taken + _cover(stream, len(coefficients))
@@ -106,7 +107,7 @@ def off_grid(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> b
     Raises:
         InputError: another shape or type.
     """
-    return _beyond(plan, low, masks, lambda _: 0)
+    return _beyond(plan, plan.blocks, low, masks, lambda _: 0)
 
 
 def opens(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> bool:
@@ -118,24 +119,25 @@ def opens(plan: Plan, low: NDArray[np.uint32], masks: NDArray[np.int64]) -> bool
     Args:
         plan: what was summed.
         low: of the sum; see :func:`dithered`.
-        masks: int64 (plan.blocks, 4096), centred modulo q: a_j S for the sum S of the keys.
+        masks: int64 (plan.sum_blocks, 4096), centred modulo q: a_j S for the sum S of the keys.
 
     Raises:
         InputError: another shape or type.
     """
-    return not _beyond(plan, low, masks, lambda layout: layout.guard - CBD_BITS)
+    return not _beyond(plan, plan.sum_blocks, low, masks, lambda layout: layout.guard - CBD_BITS)
 
 
 def _beyond(
     plan: Plan,
+    count: int,
     low: NDArray[np.uint32],
     masks: NDArray[np.int64],
     allowance: Callable[[Layout], int],
 ) -> bool:
     """Whether some noise lies beyond an honest upload's, and what its layout allows on top."""
-    _check(plan, low, np.dtype(np.uint32))
-    _check(plan, masks, np.dtype(np.int64))
-    for _, layout, blocks in plan.block_ranges():
+    _check(low, (count,), np.dtype(np.uint32))
+    _check(masks, (count,), np.dtype(np.int64))
+    for layout, blocks in _ranges(plan, count):
         more, half = allowance(layout), 1 << (layout.shift - 1)
         for part in _slices(blocks):
             seen = (low[part] + _lifted(masks[part])) & np.uint64(2 * half - 1)
@@ -151,17 +153,23 @@ def low_to_bytes(low: NDArray[np.uint32]) -> bytes:
     return np.ascontiguousarray(low, dtype="<u4").tobytes()
 
 
-def low_from_bytes(plan: Plan, data: bytes | bytearray) -> NDArray[np.uint32]:
+def low_from_bytes(
+    plan: Plan, data: bytes | bytearray, *, of_sum: bool = False
+) -> NDArray[np.uint32]:
     """Low bits from untrusted bytes.
+
+    Args:
+        of_sum: whether they are a sum's; otherwise an upload's.
 
     Raises:
         MalformedError: not exactly the plan's size, or a number that its layout's grid rules out.
     """
-    expected = plan.blocks * RING_DEGREE * LOW_BYTES
+    count = plan.sum_blocks if of_sum else plan.blocks
+    expected = count * RING_DEGREE * LOW_BYTES
     if len(data) != expected:
         raise MalformedError(f"expected low bits of {expected} bytes; got bytes={len(data)}")
     low = np.frombuffer(bytes(data), dtype="<u4").astype(np.uint32).reshape(-1, RING_DEGREE)
-    if any(low[part].max() >> shift for shift, part in _parts(plan)):
+    if any(low[part].max() >> shift for shift, part in _parts(plan, count)):
         raise MalformedError("expected low bits below the grid; one is not; send them as dithered")
     return low
 
@@ -171,9 +179,16 @@ def _lifted(centred: NDArray[np.int64]) -> NDArray[np.uint64]:
     return np.where(centred < 0, centred + MODULUS, centred).astype(np.uint64)
 
 
-def _parts(plan: Plan) -> Iterator[tuple[int, slice]]:
+def _ranges(plan: Plan, count: int) -> Iterator[tuple[Layout, slice]]:
+    """Each layout with its blocks, of an upload or, without the noises, of a sum."""
+    for layout, blocks in plan.upload_ranges():
+        if blocks.start < count:
+            yield layout, blocks
+
+
+def _parts(plan: Plan, count: int) -> Iterator[tuple[int, slice]]:
     """Each layout's shift with slices of its blocks."""
-    for _, layout, blocks in plan.block_ranges():
+    for layout, blocks in _ranges(plan, count):
         for part in _slices(blocks):
             yield layout.shift, part
 
@@ -184,10 +199,11 @@ def _slices(blocks: slice) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK_BLOCKS, blocks.stop))
 
 
-def _check(plan: Plan, array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> None:
-    expected = (plan.blocks, RING_DEGREE)
-    if array.shape != expected or array.dtype != dtype:
+def _check(
+    array: NDArray[np.generic], counts: tuple[int, ...], dtype: np.dtype[np.generic]
+) -> None:
+    if array.shape not in [(count, RING_DEGREE) for count in counts] or array.dtype != dtype:
         raise InputError(
-            f"expected {dtype} of shape={expected}; got dtype={array.dtype}, shape={array.shape}; "
-            "audit an upload under the plan of its own round"
+            f"expected {dtype} of shape={(counts[0], RING_DEGREE)}; got dtype={array.dtype}, "
+            f"shape={array.shape}; audit an upload under the plan of its own round"
         )

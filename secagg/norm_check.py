@@ -51,7 +51,7 @@ def passes(plan: Plan, key: NDArray[np.int64], sketch: Sketch) -> bool:
         raise ValueError("expected a plan with a norm check")
     shapes = norm_shapes(plan)
     energies = {
-        shape.segment: _energy(plan.layouts[shape.segment], rows, key)
+        shape.segment: _energy(plan.upload_layouts[shape.segment], rows, key)
         for shape, rows in zip(shapes, sketch.norms, strict=True)
     }
     weights = {
@@ -81,9 +81,9 @@ def _allowed(
     A weighted update may be as long as the weight that it carries allows, and that weight lies
     between 0 and 1: it cannot claim little and push much, or push backwards by a negative weight.
     """
-    segment, layout = plan.segments[shape.segment], plan.layouts[shape.segment]
+    layout = plan.upload_layouts[shape.segment]
     bound = layout.norm
-    if weight is not None and isinstance(segment, FloatSegment):
+    if weight is not None and isinstance(segment := plan.segments[shape.segment], FloatSegment):
         measured, spread = _component(layout, *weight, key, energy)
         claimed = (measured + _WEIGHT_SIGMAS * spread) * segment.step / segment.clip
         bound = honest_norm(segment, min(max(claimed, 0.0), 1.0))

@@ -51,8 +51,8 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
 
     Args:
         coefficients: int64 of shape (layout.blocks, 4096), centred modulo q.
-        clients: how many are in the sum; no value may exceed what so many honest ones can reach,
-            and what the norm check may let through.
+        clients: how many are in the sum; no value may exceed what so many honest ones can reach
+            with their noise, and what the norm check may let through.
 
     Returns:
         int64 of shape (layout.values,).
@@ -67,7 +67,7 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
             "upload is missing, repeated, foreign or damaged; abort and collect the round again"
         )
     values = balanced_digits(layout, grid).reshape(-1)
-    most = clients * layout.max_abs + layout.tolerance
+    most = clients * layout.max_abs + layout.summed_noise(clients) + layout.tolerance
     # Padding counts for the norm check like anything else, and is held to what that may let pass:
     # else one client could stop every round, unnamed, with a single step where no value is.
     if _largest(values) > most or np.abs(values[layout.values :]).max(initial=0) > layout.tolerance:

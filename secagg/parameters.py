@@ -24,6 +24,7 @@ __all__ = [
     "CHUNK_BYTES",
     "MIN_COHORT",
     "MODULUS",
+    "NOISE_TAIL",
     "RESIDUE_BYTES",
     "RING_DEGREE",
     "FloatSegment",
@@ -31,6 +32,8 @@ __all__ = [
     "Layout",
     "NormCheck",
     "Plan",
+    "Privacy",
+    "RowThreshold",
     "Segment",
     "TensorSpec",
     "Weighting",
@@ -79,10 +82,24 @@ _CLIP_RANGE = (1e-20, 1e20)
 # 100 000 of an update that uses its whole clip norm, and none of a smaller one.
 RANGE_STDS = 4.0
 
+CLIP_BIT_SCALE = 0.25
+"""Length of a clip bit, as a fraction of the clip norm. It lengthens an update by 3 percent, and a
+share of clients is read with a standard deviation of 2.06 noise multipliers by their number."""
+
+NOISE_TAIL = 10
+"""A sample of privacy noise stays below so many of its standard deviations (`discrete_gaussian`);
+so does, up to the plan's failure probability, every one of 2**28 sums of samples."""
+
 Weighting = str
 """``"equal"`` (every client counts once) or ``"samples"`` (by a bounded, encrypted weight)."""
 
 _WEIGHTINGS = ("equal", "samples")
+
+PrivacyMode = str
+"""Who adds the noise: ``"release"`` (the key holder), ``"distributed"`` (clients, each a share), or
+``"local"`` (clients, each all of it)."""
+
+_MODES = ("release", "distributed", "local")
 
 
 def check_ring(degree: int, modulus: int) -> None:
@@ -154,6 +171,13 @@ class FloatSegment:
         weighting: ``"equal"``, or ``"samples"`` for the weight min(samples, cap) / cap in (0, 1],
             which is encrypted with the update and never sent in clear.
         weight_cap: samples beyond which a client gains no more weight; 1 when equal.
+        rows: rows of an item table that must stay apart, so that single ones can be withheld
+            (`RowThreshold`); the first side of every tensor. Each row is then rotated by itself,
+            and as a row may hold a whole update, quantised more coarsely: plan 12 bits or more.
+            0 rotates everything together.
+        clip_bit: send along, in the update's own coordinates, whether it was within the clip norm,
+            which the aggregate tells the share of (Andrew et al. 2021, "Differentially Private
+            Learning with Adaptive Clipping").
     """
 
     name: str
@@ -162,6 +186,8 @@ class FloatSegment:
     bits: int = 8
     weighting: Weighting = "equal"
     weight_cap: int = 1
+    rows: int = 0
+    clip_bit: bool = False
 
     def __post_init__(self) -> None:
         _check_name("segment", self.name)
@@ -169,7 +195,7 @@ class FloatSegment:
         names = [tensor.name for tensor in self.tensors]
         if not names or len(set(names)) != len(names):
             raise PlanError(f"expected one or more distinctly named tensors; got {names=}")
-        _check_integers(bits=self.bits, weight_cap=self.weight_cap)
+        _check_integers(bits=self.bits, weight_cap=self.weight_cap, rows=self.rows)
         if not _CLIP_RANGE[0] <= self.clip <= _CLIP_RANGE[1]:
             raise PlanError(
                 f"expected a clip norm from {_CLIP_RANGE[0]} to {_CLIP_RANGE[1]}; got "
@@ -185,6 +211,21 @@ class FloatSegment:
                 f"weight_cap={self.weight_cap}, weighting={self.weighting!r}"
             )
 
+        self._check_companions()
+
+    def _check_companions(self) -> None:
+        if self.weighted and (self.clip_bit or self.rows):
+            raise PlanError(
+                f"segment {self.name!r}: expected equal weights with a clip bit or with rows that "
+                'stay apart; got weighting="samples"; use equal weights'
+            )
+        if self.rows and not all(t.shape and t.shape[0] == self.rows for t in self.tensors):
+            raise PlanError(
+                f"segment {self.name!r}: expected tensors with a first side of rows={self.rows}; "
+                f"got shapes {[list(tensor.shape) for tensor in self.tensors][:5]}; leave rows "
+                "out, or sum the others in a segment of their own"
+            )
+
     @property
     def parameters(self) -> int:
         """Number of model parameters."""
@@ -195,26 +236,41 @@ class FloatSegment:
         """Whether an encrypted weight travels with the update."""
         return self.weighting == "samples"
 
+    @property
+    def companion(self) -> float:
+        """Length of what travels along with the update, a weight or a clip bit, by the clip norm.
+
+        0 where nothing does.
+        """
+        return 1.0 if self.weighted else CLIP_BIT_SCALE * self.clip_bit
+
     @cached_property
     def rotation_length(self) -> int:
-        """L: length of one rotation block, a power of two of at most 4096."""
-        wanted = self.parameters + self.weighted
+        """L: length of the longest rotation block, a power of two of at most 4096."""
+        if self.rows:
+            return 1 << ((self.parameters // self.rows).bit_length() - 1)
+        wanted = self.parameters + bool(self.companion)
         return min(_ROTATION_LIMIT, 1 << (wanted - 1).bit_length())
 
-    @property
-    def rotation_payload(self) -> int:
-        """Update coordinates in one rotation block: L, less one where a weight travels along."""
-        return self.rotation_length - self.weighted
+    @cached_property
+    def rotations(self) -> tuple[tuple[int, int], ...]:
+        """How many rotation blocks of which length follow one another: (count, length) each.
 
-    @property
-    def rotations(self) -> int:
-        """J: number of rotation blocks."""
-        return -(-self.parameters // self.rotation_payload)
+        Together, they are J blocks of length L, whose last place is the companion's, if there is
+        one. By rows, the powers of two that make up a row's width, and the companion by itself.
+        """
+        if self.rows:
+            width = self.parameters // self.rows
+            powers = [1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1]
+            runs = [(self.rows, power) for power in powers]
+            return (*runs, (1, 1)) if self.companion else tuple(runs)
+        payload = self.rotation_length - bool(self.companion)
+        return ((-(-self.parameters // payload), self.rotation_length),)
 
     @property
     def values(self) -> int:
-        """Integers that are packed and encrypted: J * L."""
-        return self.rotations * self.rotation_length
+        """Integers that are packed and encrypted."""
+        return sum(count * length for count, length in self.rotations)
 
     @property
     def max_abs(self) -> int:
@@ -223,17 +279,17 @@ class FloatSegment:
 
     @property
     def norm_bound(self) -> float:
-        """L2 norm, in model units, of an honest update with its weight coordinates."""
-        return self.clip * math.sqrt(2.0) if self.weighted else self.clip
+        """L2 norm, in model units, of an honest update with its companion."""
+        return self.clip * math.sqrt(1.0 + self.companion**2)
 
     @property
     def step(self) -> float:
         """Size of one quantisation step in model units.
 
         The range is that of a Gaussian of the bound's energy, but never wider than the bound: no
-        coordinate of a short vector can exceed the vector's norm.
+        coordinate of a short vector, or of one row, can exceed the vector's norm.
         """
-        spread = min(1.0, RANGE_STDS / math.sqrt(self.values))
+        spread = 1.0 if self.rows else min(1.0, RANGE_STDS / math.sqrt(self.values))
         return spread * self.norm_bound / self.max_abs
 
     def weight_slack(self, clients: int) -> float:
@@ -306,7 +362,7 @@ class Layout:
     Attributes:
         values: integers in the segment.
         max_abs: V, magnitude of one client's integer.
-        sum_abs: R = max_clients * V + tolerance, magnitude of a summed integer.
+        sum_abs: R = max_clients * V + tolerance, magnitude of a summed integer; and its noise.
         base: B >= 4R + 2, so that a digit beyond R is recognised instead of carried.
         digits: integers in one coefficient.
         shift: s, log2 of the grid.
@@ -315,6 +371,7 @@ class Layout:
             checked.
         tolerance: what clients that the norm check lets through may add to a summed integer beyond
             an honest client's share; 0 without a check.
+        noise: standard deviation of the noise that each client adds to each integer; 0 for none.
     """
 
     values: int
@@ -326,11 +383,16 @@ class Layout:
     guard: int
     norm: int = 0
     tolerance: int = 0
+    noise: int = 0
 
     @property
     def blocks(self) -> int:
         """Number of polynomials."""
         return -(-self.values // (self.digits * RING_DEGREE))
+
+    def summed_noise(self, clients: int) -> int:
+        """Largest magnitude of so many clients' summed noise, up to the failure probability."""
+        return NOISE_TAIL * math.ceil(self.noise * math.sqrt(clients))
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +429,89 @@ class NormCheck:
             raise PlanError(f"expected min_cosine from -1 to 0.5; got {self.min_cosine}")
 
 
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """Differential privacy of a task for each client: docs/privacy.md.
+
+    Two neighbouring runs differ in one client's contributions being replaced by zeros.
+
+    Attributes:
+        mode: who adds the noise; see `PrivacyMode`.
+        noise_multiplier: z: one release satisfies 1/(2 z**2)-zCDP over all of its segments.
+        epsilon, delta: what all releases of the task may cost; none is made beyond.
+        honest_clients: in mode ``"distributed"``, how many clients' noise makes up the full noise:
+            at most the plan's min_clients, and as many of its clients as are trusted to add it. 0
+            leaves it to `make_plan`. In mode ``"local"`` it is 1, in mode ``"release"`` 0.
+        integer_share: part of a release's cost that goes to segments of integers, if there is one
+            of floats too; between 0 and 1.
+    """
+
+    mode: PrivacyMode
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    honest_clients: int = 0
+    integer_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise PlanError(f"expected a privacy mode in {_MODES}; got mode={self.mode!r}")
+        if not 0.01 <= self.noise_multiplier <= 1e6:
+            raise PlanError(
+                "expected a noise_multiplier from 0.01 to 1e6, about 1 for a strong guarantee; got "
+                f"noise_multiplier={self.noise_multiplier}; leave privacy out for no noise at all"
+            )
+        if not 0.0 < self.epsilon <= 1e6:
+            raise PlanError(f"expected epsilon above 0, up to 1e6; got epsilon={self.epsilon}")
+        if not 1e-30 <= self.delta <= 0.1:
+            raise PlanError(
+                "expected delta from 1e-30 to 0.1, well below one by the number of clients; got "
+                f"delta={self.delta}"
+            )
+        if not 0.0 < self.integer_share < 1.0:
+            raise PlanError(
+                f"expected integer_share between 0 and 1; got integer_share={self.integer_share}"
+            )
+        _check_integers(honest_clients=self.honest_clients)
+        allowed = {"release": 0, "distributed": MAX_COHORT, "local": 1}[self.mode]
+        if not 0 <= self.honest_clients <= allowed:
+            raise PlanError(
+                f"expected honest_clients from 0 to {allowed} in mode {self.mode!r}; got "
+                f"honest_clients={self.honest_clients}"
+            )
+
+    @property
+    def by_clients(self) -> bool:
+        """Whether clients add the noise, in ciphertexts of its own."""
+        return self.mode != "release"
+
+
+@dataclass(frozen=True, slots=True)
+class RowThreshold:
+    """Withhold rows of an item table to which too few clients have contributed something positive.
+
+    The sum of a row that one client alone has touched is that client's row. The key holder zeroes
+    such rows before anything leaves it, and never tells the counts.
+
+    Attributes:
+        counts: name of the segment of integers, one a row and at most 1, in which a client counts
+            the rows that it has something positive of.
+        least: k: contributors a row must have; 2 or more.
+    """
+
+    counts: str
+    least: int
+
+    def __post_init__(self) -> None:
+        _check_name("segment", self.counts)
+        _check_integers(least=self.least)
+        if not 2 <= self.least <= MAX_COHORT:
+            raise PlanError(
+                f"expected least from 2 contributors to {MAX_COHORT}; got least={self.least}; "
+                "leave the threshold out to release every row"
+            )
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that client, server and key holder must agree on before a round.
@@ -379,6 +524,12 @@ class Plan:
         min_clients: fewest distinct clients whose sum may be opened; 3 or more.
         max_clients: most clients whose sum is guaranteed exact.
         norm_check: what an upload must pass before it may be summed; None for nothing.
+        privacy: how releases are noised, and what they may cost; None for exact sums.
+        threshold: which rows are withheld; None for none.
+        noise_stds: standard deviation, in quantisation steps, of the privacy noise that is drawn
+            for each integer of each segment: for the sum, or for one client; none without.
+        noise_layouts: where clients add noise, one for each segment, laid out like the segment it
+            is added to; its ciphertexts follow those of all segments in the upload.
     """
 
     segments: tuple[Segment, ...]
@@ -386,10 +537,24 @@ class Plan:
     min_clients: int
     max_clients: int
     norm_check: NormCheck | None = None
+    privacy: Privacy | None = None
+    threshold: RowThreshold | None = None
+    noise_stds: tuple[int, ...] = field(repr=False, default=())
+    noise_layouts: tuple[Layout, ...] = field(repr=False, default=())
+
+    @property
+    def upload_layouts(self) -> tuple[Layout, ...]:
+        """Of each run of blocks in an upload: the segments', then their noises'."""
+        return self.layouts + self.noise_layouts
 
     @property
     def blocks(self) -> int:
-        """Polynomials in one upload, over all segments."""
+        """Polynomials in one upload, over all segments and their noise."""
+        return sum(layout.blocks for layout in self.upload_layouts)
+
+    @property
+    def sum_blocks(self) -> int:
+        """Polynomials in a sum, once each segment and its noise have been added up."""
         return sum(layout.blocks for layout in self.layouts)
 
     @property
@@ -408,12 +573,17 @@ class Plan:
             raise PlanError(f"expected a chunk index below {self.chunks}; got {chunk=}")
         return min(CHUNK_BLOCKS, self.blocks - chunk * CHUNK_BLOCKS)
 
-    def block_ranges(self) -> Iterable[tuple[Segment, Layout, slice]]:
-        """Each segment with its layout and its blocks' place in the upload."""
+    def upload_ranges(self) -> Iterable[tuple[Layout, slice]]:
+        """Each run of blocks in an upload: its layout and its place."""
         start = 0
-        for segment, layout in zip(self.segments, self.layouts, strict=True):
-            yield segment, layout, slice(start, start + layout.blocks)
+        for layout in self.upload_layouts:
+            yield layout, slice(start, start + layout.blocks)
             start += layout.blocks
+
+    def block_ranges(self) -> Iterable[tuple[Segment, Layout, slice]]:
+        """Each segment with its layout and its blocks' place, in an upload and in a sum."""
+        for segment, (layout, blocks) in zip(self.segments, self.upload_ranges(), strict=False):
+            yield segment, layout, blocks
 
     @cached_property
     def digest(self) -> bytes:
@@ -429,6 +599,10 @@ class Plan:
             "segments": [_canonical_segment(segment) for segment in self.segments],
             "layouts": [list(astuple(layout)) for layout in self.layouts],
             "norm_check": _canonical_check(self.norm_check),
+            "privacy": _canonical_privacy(self.privacy),
+            "threshold": None if self.threshold is None else list(astuple(self.threshold)),
+            "noise_stds": list(self.noise_stds),
+            "noise_layouts": [list(astuple(layout)) for layout in self.noise_layouts],
         }
 
 
@@ -437,6 +611,24 @@ def _canonical_check(check: NormCheck | None) -> list[object] | None:
         return None
     cosine = None if check.min_cosine is None else float(check.min_cosine).hex()
     return [float(check.margin).hex(), check.sketches, check.tolerated, cosine]
+
+
+def _canonical_privacy(privacy: Privacy | None) -> list[object] | None:
+    if privacy is None:
+        return None
+    return [
+        privacy.mode,
+        *(
+            float(number).hex()
+            for number in (
+                privacy.noise_multiplier,
+                privacy.epsilon,
+                privacy.delta,
+                privacy.integer_share,
+            )
+        ),
+        privacy.honest_clients,
+    ]
 
 
 def _canonical_segment(segment: Segment) -> dict[str, object]:
@@ -455,4 +647,6 @@ def _canonical_segment(segment: Segment) -> dict[str, object]:
         "bits": segment.bits,
         "weighting": segment.weighting,
         "weight_cap": segment.weight_cap,
+        "rows": segment.rows,
+        "clip_bit": segment.clip_bit,
     }

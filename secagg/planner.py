@@ -15,14 +15,21 @@ With a norm check (docs/checks.md), for honest norms of at most T and f clients 
 * R = n V + f 1.5 T, and G grows by 28 f: what the checks let through cannot stop a round.
 * B >= 9 (1 + margin) T: a sketch of an accepted update stays within a digit at 4.5 sigma.
 * 2**s is large enough for a sketch's own noise to be lost in the norm.
+
+With noise by the clients (docs/privacy.md), of standard deviation t and norms of at most T':
+
+* R grows by 10 t sqrt(n) for the noise of a sum, and by f 1.5 T'. B >= 9 (1 + margin) T' as well.
+* Noise has ciphertexts of its own, so that a sum is one of 2n, and G that of 2n.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from secagg.discrete_gaussian import LARGEST_STD
 from secagg.errors import PlanError
 from secagg.parameters import (
     BLOCK_BYTES,
@@ -32,6 +39,7 @@ from secagg.parameters import (
     MAX_VALUES,
     MIN_COHORT,
     MODULUS,
+    NOISE_TAIL,
     RING_DEGREE,
     SECURITY_BITS,
     FloatSegment,
@@ -39,11 +47,14 @@ from secagg.parameters import (
     Layout,
     NormCheck,
     Plan,
+    Privacy,
+    RowThreshold,
     Segment,
     TensorSpec,
     Weighting,
     check_ring,
 )
+from secagg.privacy import multipliers, noise_norm, share_std
 from secagg.sampling import CBD_BITS, ERROR_STD
 from secagg.sketch_shape import (
     SKETCH_SIGMAS,
@@ -72,6 +83,8 @@ def make_plan(
     max_clients: int,
     min_clients: int = MIN_COHORT,
     norm_check: NormCheck | None = None,
+    privacy: Privacy | None = None,
+    threshold: RowThreshold | None = None,
 ) -> Plan:
     """Derive the layout of every segment.
 
@@ -80,6 +93,8 @@ def make_plan(
         max_clients: largest cohort whose sum must be exact.
         min_clients: smallest cohort whose sum may be opened, at least 3.
         norm_check: what uploads are checked for before they are summed.
+        privacy: the noise of releases, and their budget.
+        threshold: rows to withhold.
 
     Raises:
         PlanError: no exact plan exists; the message names the limit and what would work.
@@ -90,11 +105,31 @@ def make_plan(
     _check_weights(segments, min_clients, max_clients)
     if norm_check is not None:
         _check_checkable(segments, norm_check)
-    guard = _guard(max_clients, sum(segment.values for segment in segments))
+    if privacy is not None:
+        privacy = _resolved(privacy, segments, min_clients, norm_check)
+    if threshold is not None:
+        _check_threshold(segments, threshold)
+    doubled = privacy is not None and privacy.by_clients
+    guard = _guard(max_clients << doubled, sum(segment.values for segment in segments) << doubled)
     if norm_check is not None:
-        guard += _AUDITED_NOISE * norm_check.tolerated
-    layouts = tuple(_layout(segment, max_clients, guard, norm_check) for segment in segments)
-    return Plan(tuple(segments), layouts, min_clients, max_clients, norm_check)
+        guard += _AUDITED_NOISE * norm_check.tolerated << doubled
+    stds = _noise_stds(segments, privacy)
+    shares = stds if doubled else [0] * len(segments)
+    layouts = tuple(
+        _layout(segment, max_clients, guard, norm_check, share)
+        for segment, share in zip(segments, shares, strict=True)
+    )
+    return Plan(
+        tuple(segments),
+        layouts,
+        min_clients,
+        max_clients,
+        norm_check,
+        privacy,
+        threshold,
+        tuple(stds) if privacy else (),
+        tuple(map(_noise_layout, layouts)) if doubled else (),
+    )
 
 
 def plan_tensors(
@@ -107,12 +142,13 @@ def plan_tensors(
     weighting: Weighting = "equal",
     weight_cap: int = 1,
     norm_check: NormCheck | None = None,
+    privacy: Privacy | None = None,
 ) -> Plan:
     """A plan with one float segment called ``update``.
 
     Args:
         tensors: shapes by name, or a number for a single flat vector called ``vector``.
-        max_clients, min_clients, norm_check: see :func:`make_plan`.
+        max_clients, min_clients, norm_check, privacy: see :func:`make_plan`.
         clip, bits, weighting, weight_cap: see `FloatSegment`.
 
     Raises:
@@ -122,7 +158,11 @@ def plan_tensors(
     specs = tuple(TensorSpec(name, tuple(shape)) for name, shape in shapes.items())
     segment = FloatSegment("update", specs, clip, bits, weighting, weight_cap)
     return make_plan(
-        [segment], max_clients=max_clients, min_clients=min_clients, norm_check=norm_check
+        [segment],
+        max_clients=max_clients,
+        min_clients=min_clients,
+        norm_check=norm_check,
+        privacy=privacy,
     )
 
 
@@ -134,6 +174,7 @@ def plan_integers(
     max_norm: float | None = None,
     min_clients: int = MIN_COHORT,
     norm_check: NormCheck | None = None,
+    privacy: Privacy | None = None,
 ) -> Plan:
     """A plan with one integer segment called ``counts``.
 
@@ -142,7 +183,11 @@ def plan_integers(
     """
     segment = IntegerSegment("counts", size, max_abs, max_norm)
     return make_plan(
-        [segment], max_clients=max_clients, min_clients=min_clients, norm_check=norm_check
+        [segment],
+        max_clients=max_clients,
+        min_clients=min_clients,
+        norm_check=norm_check,
+        privacy=privacy,
     )
 
 
@@ -213,6 +258,11 @@ def _check_checkable(segments: Sequence[Segment], check: NormCheck) -> None:
             "expected one float segment, whose direction min_cosine is about; got "
             f"{len(updates)}; leave min_cosine out"
         )
+    if updates[0].rows:
+        raise PlanError(
+            "expected an update that is rotated as a whole for min_cosine, because single rows "
+            "would show which ones are not empty; got rows that stay apart; leave one of them out"
+        )
     if updates[0].values < SMALLEST_DIRECTION:
         raise PlanError(
             f"expected a model of at least {SMALLEST_DIRECTION} packed values for min_cosine, "
@@ -221,22 +271,130 @@ def _check_checkable(segments: Sequence[Segment], check: NormCheck) -> None:
         )
 
 
-def _layout(segment: Segment, clients: int, guard: int, check: NormCheck | None) -> Layout:
-    norm = tolerance = least_base = 0
+def _resolved(
+    privacy: Privacy, segments: Sequence[Segment], min_clients: int, check: NormCheck | None
+) -> Privacy:
+    """With the clients whose noise counts filled in; refuses what no noise makes private."""
+    if any(isinstance(segment, FloatSegment) and segment.weighted for segment in segments):
+        raise PlanError(
+            'expected weighting="equal" with privacy: the number of samples is data as well, and a '
+            "sum of weights under noise is nothing to divide by; use equal weights"
+        )
+    if privacy.mode == "release":
+        return privacy
+    if privacy.mode == "local":
+        return replace(privacy, honest_clients=1)
+    tolerated = check.tolerated if check else 0
+    honest = privacy.honest_clients or max(min_clients - tolerated, 1)
+    if honest > min_clients:
+        raise PlanError(
+            f"expected noise that the smallest cohort of min_clients={min_clients} carries by "
+            f"itself; got honest_clients={honest}; min_clients={honest} would work, or "
+            f"honest_clients={min_clients}, with more noise from each"
+        )
+    return replace(privacy, honest_clients=honest)
+
+
+def _check_threshold(segments: Sequence[Segment], threshold: RowThreshold) -> None:
+    """Refuse a threshold without rows, or without counts of them."""
+    tables = [s for s in segments if isinstance(s, FloatSegment) and s.rows]
+    if len(tables) != 1:
+        raise PlanError(
+            "expected one segment with rows that stay apart, for a threshold to be about; got "
+            f"{len(tables)}; set rows, or leave the threshold out"
+        )
+    rows = tables[0].rows
+    counts = [s for s in segments if s.name == threshold.counts]
+    if not (
+        counts
+        and isinstance(counts[0], IntegerSegment)
+        and (counts[0].size, counts[0].max_abs) == (rows, 1)
+    ):
+        raise PlanError(
+            f"expected a segment {threshold.counts!r} of size={rows} integers with max_abs=1 that "
+            "counts contributors, one for each row; there is none; add it"
+        )
+
+
+def _noise_stds(segments: Sequence[Segment], privacy: Privacy | None) -> list[int]:
+    """What is drawn at a time for each segment; refuses more than can be drawn."""
+    if privacy is None:
+        return [0] * len(segments)
+    shares = multipliers(privacy, segments)
+    stds = [share_std(privacy, each, z) for each, z in zip(segments, shares, strict=True)]
+    if max(stds) > LARGEST_STD:
+        works = privacy.noise_multiplier * LARGEST_STD / (max(stds) + 1)
+        raise PlanError(
+            f"expected noise of a standard deviation up to {LARGEST_STD} steps; got "
+            f"noise_multiplier={privacy.noise_multiplier:g}, which needs {max(stds)}; "
+            f"noise_multiplier={_rounded_down(works)} would work, or fewer bits"
+        )
+    return stds
+
+
+def _layout(
+    segment: Segment, clients: int, guard: int, check: NormCheck | None, noise: int
+) -> Layout:
+    """The layout of a segment to which each client adds noise of this standard deviation."""
+    layout = _tightest(segment, clients, guard, check, noise)
+    if layout.digits:
+        return layout
+    needed = (
+        f"segment {segment.name!r}: the sum of {clients} clients with values up to "
+        f"{segment.max_abs} needs {layout.base.bit_length()} bits above a grid of {layout.shift}, "
+        f"but the modulus has {MODULUS.bit_length()}; "
+    )
+    if noise and _tightest(segment, clients, guard, check, 0).digits:
+        # The largest noise that fits: whatever does has a smaller one that does, too.
+        fits = bisect.bisect_left(
+            range(noise),
+            True,
+            key=lambda std: not _tightest(segment, clients, guard, check, std).digits,
+        )
+        part = _rounded_down((fits - 1) / noise)
+        raise PlanError(
+            f"{needed}noise of {part} times the standard deviation would work: plan a smaller "
+            "noise_multiplier, more honest_clients, or fewer bits"
+        )
+    # Only integers can be too large: 16 bits of a million clients fit with room to spare.
+    works = ((MODULUS >> layout.shift) - 2) // 4 // clients
+    hint = f"max_abs={works} would work"
+    if check is not None and segment.norm_bound:
+        hint = "plan a smaller max_abs or max_norm, fewer tolerated clients, or no norm check"
+    raise PlanError(needed + hint)
+
+
+def _tightest(
+    segment: Segment, clients: int, guard: int, check: NormCheck | None, noise: int
+) -> Layout:
+    """As many digits as fit; perhaps none."""
+    norm = longest = tolerance = least_base = 0
     shift = (2 * guard).bit_length()
     if check is not None and segment.norm_bound:
         norm = honest_norm(segment)
-        tolerance = check.tolerated * math.ceil(_BEYOND * norm)
-        least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * norm)
+        longest = noise_norm(noise, segment.values)
+        tolerance = check.tolerated * (math.ceil(_BEYOND * norm) + math.ceil(_BEYOND * longest))
+        least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * max(norm, longest))
         shift = max(shift, quietest_shift(norm, segment.values))
     sum_abs = clients * segment.max_abs + tolerance
-    base = max(4 * sum_abs + 2, least_base)
-    digits = _most_digits(base, shift)
-    if digits < 1:
-        raise PlanError(_refusal(segment, clients, shift, base, check))
-    return Layout(
-        segment.values, segment.max_abs, sum_abs, base, digits, shift, guard, norm, tolerance
+    layout = Layout(
+        segment.values, segment.max_abs, sum_abs, 2, 0, shift, guard, norm, tolerance, noise
     )
+    sum_abs += layout.summed_noise(clients)
+    base = max(4 * sum_abs + 2, least_base)
+    return replace(layout, sum_abs=sum_abs, base=base, digits=_most_digits(base, shift))
+
+
+def _noise_layout(layout: Layout) -> Layout:
+    """Where the noise of a segment lies before the two are added up: as the segment does."""
+    norm = noise_norm(layout.noise, layout.values) if layout.norm else 0
+    return replace(layout, max_abs=NOISE_TAIL * layout.noise, norm=norm)
+
+
+def _rounded_down(number: float) -> float:
+    """To three digits, so that what is said to work does."""
+    step: float = 10.0 ** (math.floor(math.log10(number)) - 2) if number > 0 else 1.0
+    return float(f"{math.floor(number / step) * step:.3g}")
 
 
 def _most_digits(base: int, shift: int) -> int:
@@ -244,19 +402,6 @@ def _most_digits(base: int, shift: int) -> int:
     while base ** (digits + 1) << shift <= MODULUS:
         digits += 1
     return digits
-
-
-def _refusal(segment: Segment, clients: int, shift: int, base: int, check: NormCheck | None) -> str:
-    # Only integers can be too large: 16 bits of a million clients fit with room to spare.
-    works = ((MODULUS >> shift) - 2) // 4 // clients
-    hint = f"max_abs={works} would work"
-    if check is not None and segment.norm_bound:
-        hint = "plan a smaller max_abs or max_norm, fewer tolerated clients, or no norm check"
-    return (
-        f"segment {segment.name!r}: the sum of {clients} clients with values up to "
-        f"{segment.max_abs} needs {base.bit_length()} bits above a grid of {shift}, but the "
-        f"modulus has {MODULUS.bit_length()}; {hint}"
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Updates to integers and back: clip, weigh, permute, rotate, round, and the inverse.
 
-A float update becomes integers in six public, deterministic steps and one random one (stochastic
+A float update becomes integers in public, deterministic steps and one random one (stochastic
 rounding). The rotation (Suresh et al. 2017, "Distributed Mean Estimation with Limited
 Communication"; Kairouz et al. 2021) spreads an update's energy over all coordinates, so that one
 step size fits them all. Nothing here knows the cipher: the same code computes the reference sums
@@ -10,17 +10,19 @@ in the clear. Read `packing` next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from secagg.discrete_gaussian import discrete_gaussian
 from secagg.errors import InputError, NonFiniteError, SchemaError
 from secagg.parameters import FloatSegment, IntegerSegment, Plan, Segment
 from secagg.sampling import Stream, signs
+from secagg.sketch_shape import honest_norm
 
 __all__ = [
     "Contribution",
@@ -33,7 +35,9 @@ __all__ = [
     "quantize_update",
     "rotated",
     "rotated_weight",
+    "row_places",
     "unflatten",
+    "value_places",
 ]
 
 Update = Mapping[str, ArrayLike]
@@ -42,7 +46,8 @@ Contribution = ArrayLike | Mapping[str, ArrayLike]
 """A float vector, float tensors by name, or a vector of integers, as the segment wants it."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_ROWS_PER_PASS = 16  # rotation blocks that fit into a level-2 cache as float32
+_VALUES_PER_PASS = 1 << 16  # of rotation blocks that fit into a level-2 cache as float32
+_ROUNDINGS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class Quantized:
 
     Attributes:
         values: int64 of shape (segment.values,), magnitudes of at most ``segment.max_abs``.
+        noise: int64 of the same shape: the client's share of the privacy noise; None where clients
+            add none.
         clipped: whether the update's norm exceeded the clip norm.
         saturated: coordinates that were cut to the range; a handful is harmless, many mean that
             the update sits on few coordinates.
@@ -59,6 +66,12 @@ class Quantized:
     values: NDArray[np.int64] = field(repr=False)
     clipped: bool = False
     saturated: int = 0
+    noise: NDArray[np.int64] | None = field(repr=False, default=None)
+
+    @property
+    def summand(self) -> NDArray[np.int64]:
+        """What this client adds to the sum: values and noise."""
+        return self.values if self.noise is None else self.values + self.noise
 
 
 def quantize(
@@ -67,13 +80,13 @@ def quantize(
     *,
     samples: int,
     rotation: bytes,
-    rounding: Stream,
+    randomness: Stream,
 ) -> list[Quantized]:
     """The integers of every segment, in the plan's order.
 
     Args:
         contributions: one for each segment, by segment name.
-        samples, rotation, rounding: see :func:`quantize_update`.
+        samples, rotation, randomness: see :func:`quantize_update`.
 
     Raises:
         SchemaError: segments, tensor names or shapes are not the plan's.
@@ -85,19 +98,25 @@ def quantize(
         raise SchemaError(
             f"expected contributions to segments {expected}; got {sorted(contributions)}"
         )
-    return [
-        _quantize_segment(segment, contributions[segment.name], samples, rotation, rounding)
+    parts = [
+        _quantize_segment(segment, contributions[segment.name], samples, rotation, randomness)
         for segment in plan.segments
+    ]
+    if not plan.noise_layouts:
+        return parts
+    return [
+        replace(part, noise=discrete_gaussian(randomness, layout.noise, layout.values))
+        for part, layout in zip(parts, plan.noise_layouts, strict=True)
     ]
 
 
 def _quantize_segment(
-    segment: Segment, value: Contribution, samples: int, rotation: bytes, rounding: Stream
+    segment: Segment, value: Contribution, samples: int, rotation: bytes, randomness: Stream
 ) -> Quantized:
     if isinstance(segment, FloatSegment):
         update = value if isinstance(value, Mapping) else _single_tensor(segment, value)
         return quantize_update(
-            segment, update, samples=samples, rotation=rotation, rounding=rounding
+            segment, update, samples=samples, rotation=rotation, randomness=randomness
         )
     if isinstance(value, Mapping):
         raise SchemaError(f"segment {segment.name!r}: expected one vector of integers; got a dict")
@@ -172,7 +191,7 @@ def _numbers(name: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def quantize_update(
-    segment: FloatSegment, update: Update, *, samples: int, rotation: bytes, rounding: Stream
+    segment: FloatSegment, update: Update, *, samples: int, rotation: bytes, randomness: Stream
 ) -> Quantized:
     """Clip, weigh, permute, rotate and round one client's update.
 
@@ -181,7 +200,7 @@ def quantize_update(
         update: float tensors by name, in model units.
         samples: examples it was trained on, 1 or more; sets the weight, ignored when equal.
         rotation: public string of the round, which fixes the random signs.
-        rounding: secret randomness of the stochastic rounding, one fresh stream an update.
+        randomness: secret, of the stochastic rounding; one fresh stream an update.
 
     Raises:
         InputError: samples below 1.
@@ -192,15 +211,16 @@ def quantize_update(
     clipped = norm > segment.clip
     weight = _weight(segment, samples)
     scale = weight * (segment.clip / norm if clipped else 1.0) / segment.step
-    blocks = _spread(segment, vector, scale, weight)
-    _mix(blocks, rotation, segment)
-    return _round(segment, blocks.reshape(-1), clipped, rounding)
+    steps = _spread(segment, vector, scale)
+    _accompany(segment, steps, weight if segment.weighted else 1.0 - 2.0 * clipped)
+    _mix(steps, rotation, segment)
+    return _round(segment, steps, clipped, randomness)
 
 
 def rotated(
     segment: FloatSegment, vector: NDArray[np.float32], rotation: bytes
 ) -> NDArray[np.float32]:
-    """Where the coordinates of a flat vector without a weight come to lie, before rounding.
+    """Where the coordinates of a flat vector without a companion come to lie, before rounding.
 
     Args:
         vector: float32 of shape (segment.parameters,), in canonical order.
@@ -208,28 +228,29 @@ def rotated(
     Returns:
         float32 of shape (segment.values,), of the same norm.
     """
-    blocks = _spread(segment, vector, 1.0, 0.0)
-    _mix(blocks, rotation, segment)
-    return blocks.reshape(-1)
+    steps = _spread(segment, vector, 1.0)
+    _mix(steps, rotation, segment)
+    return steps
 
 
 def rotated_weight(segment: FloatSegment, rotation: bytes) -> NDArray[np.float32]:
     """Where a weight comes to lie: float32 of shape (segment.values,), equal but for its signs."""
-    blocks = np.zeros((segment.rotations, segment.rotation_length), dtype=np.float32)
-    blocks[:, -1] = 1.0
-    _mix(blocks, rotation, segment)
-    return blocks.reshape(-1)
+    steps = np.zeros(segment.values, dtype=np.float32)
+    steps[_companions(segment)] = 1.0
+    _mix(steps, rotation, segment)
+    return steps
 
 
-def _mix(blocks: NDArray[np.float32], rotation: bytes, segment: FloatSegment) -> None:
+def _mix(steps: NDArray[np.float32], rotation: bytes, segment: FloatSegment) -> None:
     """Signs, rotation, signs.
 
     The second ones take nothing away from a sum, but without them a coordinate becomes a Walsh
     function, which is itself again when it is turned: a sketch of it would show which one.
     """
-    _flip_signs(blocks, rotation, segment, "rotation")
-    _rotate(blocks)
-    _flip_signs(blocks, rotation, segment, "rotated")
+    _flip_signs(steps, rotation, segment, "rotation")
+    for blocks in _blocks(segment, steps):
+        _rotate(blocks)
+    _flip_signs(steps, rotation, segment, "rotated")
 
 
 def _weight(segment: FloatSegment, samples: int) -> float:
@@ -238,45 +259,98 @@ def _weight(segment: FloatSegment, samples: int) -> float:
     return min(samples, segment.weight_cap) / segment.weight_cap if segment.weighted else 1.0
 
 
-def _weight_coordinate(segment: FloatSegment) -> float:
-    """What a weight of 1 adds to each rotation block, so that they have norm ``clip`` together."""
-    return segment.clip / math.sqrt(segment.rotations)
+def _companions(segment: FloatSegment) -> slice:
+    """The places of the companion: the last one of each block, or of all by rows."""
+    if not segment.companion:
+        return slice(0, 0)
+    return slice(
+        segment.values - 1 if segment.rows else segment.rotation_length - 1,
+        None,
+        segment.rotation_length,
+    )
+
+
+def _companion_coordinate(segment: FloatSegment) -> float:
+    """What a companion of 1 is in each of its places, so that they have its length together."""
+    places = 1 if segment.rows else segment.rotations[0][0]
+    return segment.companion * segment.clip / math.sqrt(places)
+
+
+def _accompany(segment: FloatSegment, steps: NDArray[np.float32], value: float) -> None:
+    """Put a weight, or a clip bit of plus or minus one, in its places."""
+    if segment.companion:
+        coordinate = value * _companion_coordinate(segment) / segment.step
+        steps[_companions(segment)] = np.float32(coordinate)
 
 
 @lru_cache(maxsize=8)
-def _order(segment: FloatSegment) -> NDArray[np.intp]:
-    """Slot of each parameter: a golden-ratio stride, which parts neighbours and every short period.
+def value_places(segment: FloatSegment) -> NDArray[np.intp]:
+    """Where each parameter lies among the segment's values, before they are rotated.
 
-    Rows of an item table, or one column of it, thus spread evenly over the rotation blocks.
+    Rows that stay apart have their places side by side, by power of two. Otherwise it is a
+    golden-ratio stride, which parts neighbours and every short period: rows of an item table, or
+    one column of it, spread evenly over the rotation blocks.
+
+    Returns:
+        intp of shape (segment.parameters,), in canonical order.
     """
-    slots = segment.rotations * segment.rotation_payload
+    if segment.rows:
+        return _places_by_rows(segment)
+    (count, length), companion = segment.rotations[0], bool(segment.companion)
+    payload = length - companion
+    slots = count * payload
     stride = max(1, round(slots * _GOLDEN))
     while math.gcd(stride, slots) != 1:
         stride += 1
-    return np.arange(segment.parameters, dtype=np.intp) * stride % slots
+    order = np.arange(segment.parameters, dtype=np.intp) * stride % slots
+    return order + order // payload * companion
+
+
+def row_places(segment: FloatSegment) -> NDArray[np.intp]:
+    """Where the values of each row that stays apart lie: intp of shape (rows, width).
+
+    All that a sum says of a row is there, rotated or not.
+    """
+    runs, start = [], 0
+    for count, length in segment.rotations[: -1 if segment.companion else None]:
+        runs.append(start + np.arange(count * length, dtype=np.intp).reshape(count, length))
+        start += count * length
+    return np.concatenate(runs, axis=1)
+
+
+def _places_by_rows(segment: FloatSegment) -> NDArray[np.intp]:
+    widths = [tensor.size // segment.rows for tensor in segment.tensors]
+    columns = np.split(row_places(segment), np.cumsum(widths)[:-1], axis=1)
+    return np.concatenate([part.reshape(-1) for part in columns])
 
 
 def _spread(
-    segment: FloatSegment, vector: NDArray[np.float32], scale: float, weight: float
+    segment: FloatSegment, vector: NDArray[np.float32], scale: float
 ) -> NDArray[np.float32]:
-    """Lay the scaled update, and the weight in each block's last place, out in rotation blocks."""
-    flat = np.zeros(segment.rotations * segment.rotation_payload, dtype=np.float32)
-    flat[_order(segment)] = vector * np.float32(scale)
-    if not segment.weighted:
-        return flat.reshape(segment.rotations, -1)
-    coordinate = np.float32(weight * _weight_coordinate(segment) / segment.step)
-    column = np.full((segment.rotations, 1), coordinate, dtype=np.float32)
-    return np.concatenate([flat.reshape(segment.rotations, -1), column], axis=1)
+    """Lay the scaled update out in its places."""
+    steps = np.zeros(segment.values, dtype=np.float32)
+    steps[value_places(segment)] = vector * np.float32(scale)
+    return steps
 
 
 def _flip_signs(
-    blocks: NDArray[np.float32] | NDArray[np.float64],
+    steps: NDArray[np.float32] | NDArray[np.float64],
     rotation: bytes,
     segment: FloatSegment,
     label: str,
 ) -> None:
     drawn = signs(Stream.derive(label, rotation, segment.name), segment.values)
-    np.multiply(blocks, drawn.reshape(blocks.shape), out=blocks, casting="same_kind")
+    np.multiply(steps, drawn, out=steps, casting="same_kind")
+
+
+def _blocks(
+    segment: FloatSegment, steps: NDArray[np.float32] | NDArray[np.float64]
+) -> Iterator[NDArray[np.float32] | NDArray[np.float64]]:
+    """The rotation blocks as views, (count, length) for each length."""
+    start = 0
+    for count, length in segment.rotations:
+        yield steps[start : start + count * length].reshape(count, length)
+        start += count * length
 
 
 def _rotate(blocks: NDArray[np.float32] | NDArray[np.float64]) -> None:
@@ -284,8 +358,9 @@ def _rotate(blocks: NDArray[np.float32] | NDArray[np.float64]) -> None:
 
     Additions in a fixed order, so that every machine rounds alike.
     """
-    for start in range(0, blocks.shape[0], _ROWS_PER_PASS):
-        _butterflies(blocks[start : start + _ROWS_PER_PASS])
+    rows = max(_VALUES_PER_PASS // blocks.shape[1], 1)
+    for start in range(0, blocks.shape[0], rows):
+        _butterflies(blocks[start : start + rows])
     blocks *= blocks.dtype.type(1.0 / math.sqrt(blocks.shape[1]))
 
 
@@ -317,14 +392,21 @@ def _butterflies_down(squares: NDArray[np.float32] | NDArray[np.float64]) -> Non
 
 
 def _round(
-    segment: FloatSegment, steps: NDArray[np.float32], clipped: bool, rounding: Stream
+    segment: FloatSegment, steps: NDArray[np.float32], clipped: bool, randomness: Stream
 ) -> Quantized:
-    """Stochastic rounding, unbiased: floor(x + u) with u uniform in [0, 1)."""
-    limit = segment.max_abs
+    """Stochastic rounding: floor(x + u) with u uniform in [0, 1), anew if the norm came out long.
+
+    That it is bounded for certain is what the privacy of a release rests on (conditional rounding:
+    Kairouz, Liu and Steinke 2021, section 4.1). It is biased by no more than how rarely it happens.
+    """
+    limit, longest = segment.max_abs, honest_norm(segment)
     saturated = int(np.count_nonzero(np.abs(steps) > limit))
     bounded = np.clip(steps, -limit, limit).astype(np.float64)
-    bounded += rounding.uint32(steps.size) * 2.0**-32
-    return Quantized(np.floor(bounded).astype(np.int64), clipped, saturated)
+    for _ in range(_ROUNDINGS):
+        rounded = np.floor(bounded + randomness.uint32(steps.size) * 2.0**-32)
+        if float(rounded @ rounded) <= longest**2:
+            return Quantized(rounded.astype(np.int64), clipped, saturated)
+    raise RuntimeError("no rounding was within the bound that all but one of 10**8 are")
 
 
 def quantize_integers(segment: IntegerSegment, values: ArrayLike, *, rotation: bytes) -> Quantized:
@@ -378,16 +460,16 @@ def dequantize_update(
         rotation: the round's public string.
 
     Returns:
-        The sum of w_i u_i as float64 tensors by name, in model units, and the sum of the weights
-        w_i: nan when equal, where it is the number of contributors.
+        The sum of w_i u_i as float64 tensors by name, in model units, and the sum of what travels
+        along: the weights w_i, or the clip bits, plus or minus one each; nan if nothing does.
     """
-    blocks = total.astype(np.float64).reshape(segment.rotations, segment.rotation_length)
-    blocks *= segment.step
-    _flip_signs(blocks, rotation, segment, "rotated")
-    _rotate(blocks)
-    _flip_signs(blocks, rotation, segment, "rotation")
-    payload = blocks[:, : segment.rotation_payload].reshape(-1)
-    weight = math.nan
-    if segment.weighted:
-        weight = float(blocks[:, -1].mean()) / _weight_coordinate(segment)
-    return unflatten(segment, payload[_order(segment)]), weight
+    steps = total.astype(np.float64)
+    steps *= segment.step
+    _flip_signs(steps, rotation, segment, "rotated")
+    for blocks in _blocks(segment, steps):
+        _rotate(blocks)
+    _flip_signs(steps, rotation, segment, "rotation")
+    companion = math.nan
+    if segment.companion:
+        companion = float(steps[_companions(segment)].mean()) / _companion_coordinate(segment)
+    return unflatten(segment, steps[value_places(segment)]), companion

@@ -38,7 +38,8 @@ class Release:
         rotation: the round's public string (see `context.rotation_string`).
         contributors: distinct clients in the sum.
         sums: int64 of shape (segment.values,) for each segment: exactly the sum of the clients'
-            integers, still rotated or signed.
+            integers, still rotated or signed; with noise where the plan has privacy, and zeros
+            where its threshold withholds something.
     """
 
     plan: Plan = field(repr=False)
@@ -94,6 +95,20 @@ class Release:
         _, weight = dequantize_update(segment, total, rotation=self.rotation)
         return self._checked_weight(segment, weight)
 
+    def clip_fraction(self, name: str | None = None) -> float:
+        """Share of the contributors whose update was within the clip norm, in [0, 1].
+
+        As exact as rounding, and the noise of privacy, leave it.
+
+        Raises:
+            SchemaError: no such float segment, or one without a clip bit.
+        """
+        segment, total = self._segment(FloatSegment, name)
+        if not segment.clip_bit:
+            raise SchemaError(f"expected a segment with a clip bit; {segment.name!r} has none")
+        _, bits = dequantize_update(segment, total, rotation=self.rotation)
+        return min(max((bits / self.contributors + 1) / 2, 0.0), 1.0)
+
     def _checked_weight(self, segment: FloatSegment, weight: float) -> float:
         if not segment.weighted:
             return float(self.contributors)
@@ -117,9 +132,15 @@ class Release:
         """The exact sum of an integer segment, int64 of shape (segment.size,).
 
         Raises:
-            SchemaError: no such integer segment.
+            SchemaError: no such integer segment, or one whose counts the threshold withholds.
         """
         segment, total = self._segment(IntegerSegment, name)
+        threshold = self.plan.threshold
+        if threshold is not None and threshold.counts == segment.name:
+            raise SchemaError(
+                f"expected a segment that is released; {segment.name!r} counts contributors for "
+                "the plan's threshold, and never leaves the key holder"
+            )
         return dequantize_integers(segment, total, rotation=self.rotation)
 
     def _segment(self, kind: type[_S], name: str | None) -> tuple[_S, NDArray[np.int64]]:

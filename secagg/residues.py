@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from secagg.errors import MalformedError
 from secagg.parameters import BLOCK_BYTES, MODULUS, RESIDUE_BYTES, RING_DEGREE
 
-__all__ = ["HALF_BITS", "ResidueSum", "halves", "joined", "multiply", "narrow", "reduced", "widen"]
+__all__ = [
+    "HALF_BITS",
+    "ResidueSum",
+    "folded",
+    "halves",
+    "joined",
+    "multiply",
+    "narrow",
+    "reduced",
+    "widen",
+]
 
 _Q = np.uint64(MODULUS)
 
@@ -123,6 +133,17 @@ def _reduced(total: NDArray[np.uint64], quotient: NDArray[np.float64]) -> NDArra
     """``total - quotient * q``, all modulo 2**64, reduced; its true size is below 2**61."""
     left = total - np.rint(quotient).astype(np.int64).view(np.uint64) * _Q
     return reduced(left + _POSITIVE)
+
+
+def folded(residues: NDArray[np.uint64], blocks: int) -> NDArray[np.uint64]:
+    """Uploads' polynomials with those of their noise added: the first ``blocks`` plus the others.
+
+    Args:
+        residues: uint64 of shape (blocks or 2 * blocks, 4096), below q.
+    """
+    if residues.shape[0] == blocks:
+        return residues
+    return reduced(residues[:blocks] + residues[blocks:])
 
 
 def reduced(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -138,23 +138,23 @@ def quietest_shift(norm: int, values: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NormShape(Shape):
-    """Rows that estimate the norm of one segment.
+    """Rows that estimate the norm of one segment, or of the noise that goes with it.
 
     Attributes:
-        segment: its index.
+        segment: its index among the plan's upload_layouts.
     """
 
     segment: int
 
 
 def norm_shapes(plan: Plan) -> list[NormShape]:
-    """The rows for each segment whose norm is checked, in the plan's order."""
+    """The rows for each segment whose norm is checked, and its noise, in the upload's order."""
     check = plan.norm_check
     if check is None:
         return []
     return [
         _norm_shape(index, layout, check)
-        for index, layout in enumerate(plan.layouts)
+        for index, layout in enumerate(plan.upload_layouts)
         if layout.norm
     ]
 
@@ -213,6 +213,7 @@ def weight_shapes(plan: Plan) -> list[ProbeShape]:
         _probe_shape(shape.segment, plan.layouts[shape.segment], check, _SAMPLED_OF_A_WEIGHT)
         for shape in norm_shapes(plan)
         if check is not None
+        and shape.segment < len(plan.segments)
         and isinstance(segment := plan.segments[shape.segment], FloatSegment)
         and segment.weighted
     ]

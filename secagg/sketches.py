@@ -126,7 +126,8 @@ class Sketch:
 
     Attributes:
         upload_digest: SHA-256 of the upload.
-        norms: the rows that estimate the norm of each segment that is checked, in the plan's order.
+        norms: the rows that estimate the norm of each segment that is checked, in the plan's order,
+            then those of the noises of these, where clients add noise.
         weights: the rows that measure the weight of each weighted one of these.
         direction: the rows that compare it with the direction of the round before; None without.
     """
@@ -197,7 +198,7 @@ def sketch(
     shapes = norm_shapes(plan)
     if not shapes:
         raise ConfigurationError("expected a plan with a norm check; this one has none")
-    blocks = [part for _, _, part in plan.block_ranges()]
+    blocks = [part for _, part in plan.upload_ranges()]
     looks: list[_Look] = [
         _NormLook(
             shape,

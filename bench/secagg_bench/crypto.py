@@ -102,7 +102,7 @@ class _Ours:
             {"update": self.update},
             samples=1,
             rotation=context.rotation,
-            rounding=Stream.from_os(),
+            randomness=Stream.from_os(),
         )
         uploads: list[Upload] = []
         seconds = {

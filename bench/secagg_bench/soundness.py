@@ -118,7 +118,7 @@ def _quantized(plan: Plan, vector: NDArray[np.float64], drawn: np.random.Generat
         {segment.name: vector / np.linalg.norm(vector)},
         samples=int(drawn.integers(1, 101)),
         rotation=rotation_string("task", 1, plan),
-        rounding=Stream(drawn.bytes(32)),
+        randomness=Stream(drawn.bytes(32)),
     )
     return pack(plan.layouts[0], parts[0].values)
 

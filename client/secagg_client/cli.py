@@ -21,7 +21,8 @@ from secagg.commands import (
     version,
 )
 from secagg.options import with_settings
-from secagg_client.config import ClientSettings
+from secagg_client.config import ClientSettings, identity_in
+from secagg_client.switch import Switch
 
 __all__ = ["app"]
 
@@ -73,6 +74,84 @@ def join(settings: ClientSettings) -> None:
             "learning rate",
             soft_wrap=True,
         )
+
+
+@app.command()
+@exits_cleanly
+@with_settings(ClientSettings, ["state_dir", "max_epsilon"])
+def privacy(
+    settings: ClientSettings,
+    task: Annotated[
+        str | None, typer.Option(help="this task alone, round by round; else all tasks")
+    ] = None,
+    format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
+) -> None:
+    """What this client has contributed, and how much of its privacy that has cost.
+
+    Read from the state directory; nobody is asked.
+    """
+    from secagg_client.account import accounts_table, as_json, entries_table
+    from secagg_client.ledger import Ledger
+
+    ledger, since = Ledger(settings.state_dir), Switch(settings.state_dir).since()
+    accounts, entries = ledger.accounts(task), ledger.entries(task)
+    if format_ is OutputFormat.json:
+        print_json(as_json(accounts, entries, since, settings.max_epsilon))
+        return
+    if accounts:
+        accounts_table(accounts, settings.max_epsilon)
+        if task:
+            entries_table(entries)
+    else:
+        out.print(f"nothing has been contributed{f' to {task}' if task else ''}", highlight=False)
+    if since is not None:
+        out.print(f"paused since {since}; nothing is sent", highlight=False)
+
+
+@app.command()
+@exits_cleanly
+@with_settings(ClientSettings, ["state_dir"])
+def pause(settings: ClientSettings) -> None:
+    """Contribute nothing from now on, to any task; a client that is running waits."""
+    Switch(settings.state_dir).pause()
+    out.print("paused: nothing more is sent; `secagg-client resume` goes on")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(ClientSettings, ["state_dir"])
+def resume(settings: ClientSettings) -> None:
+    """Contribute again, from the next round on."""
+    Switch(settings.state_dir).resume()
+    out.print("resumed: this client takes part again")
+
+
+@app.command()
+@exits_cleanly
+@with_settings(ClientSettings, ["server", "kit", "insecure", "task", "state_dir"])
+def withdraw(settings: ClientSettings) -> None:
+    """Pause, and take this client's contribution out of the round that is collecting.
+
+    Too late once the round has closed: a sum cannot be undone.
+    """
+    from secagg_client.session import ClientSession
+
+    Switch(settings.state_dir).pause()
+    out.print("paused: nothing more is sent; `secagg-client resume` goes on")
+    credentials = settings.credentials(lambda: identity_in(settings.state_dir))
+    with ClientSession(
+        settings.server,
+        settings.task,
+        credentials,
+        insecure=settings.insecure,
+        outbox=settings.state_dir,
+    ) as session:
+        taken = session.withdraw()
+    if taken is None:
+        out.print("nothing to withdraw: this client has sent nothing")
+    else:
+        where = f"round {taken.round_number}, attempt {taken.attempt}"
+        out.print(f"withdrawn from {where}: the server has erased it", highlight=False)
 
 
 @app.command("prepare")

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg.settings import Settings, one_transport
-from secagg_client.session import ClientKit
+from secagg_client.session import ClientKit, Limits
 
-__all__ = ["ClientSettings"]
+__all__ = ["ClientSettings", "identity_in"]
 
 
 class ClientSettings(Settings):
@@ -32,6 +33,10 @@ class ClientSettings(Settings):
         Path("secagg-data/client"), description="identity key and private user vectors"
     )
     dimensions: int = Field(16, ge=1, description="length of user and item vectors")
+    max_epsilon: float | None = Field(
+        None, gt=0, description="most epsilon to spend in a task, beyond what its budget allows"
+    )
+    require_privacy: bool = Field(False, description="refuse tasks that add no noise")
     local_epochs: int = Field(2, ge=1, description="passes over the silo's data in a round")
     seed: int = Field(0, ge=0, description="of partition, start and sampling; equal for all silos")
     repeatable_seed: int | None = Field(
@@ -50,3 +55,15 @@ class ClientSettings(Settings):
         """
         one_transport(self.kit, self.insecure)
         return ClientKit.load(self.kit) if self.kit else identity()
+
+    def limits(self) -> Limits:
+        """What this client may spend."""
+        return Limits(self.max_epsilon, self.require_privacy)
+
+
+def identity_in(folder: Path) -> SigningKey:
+    """The signing key of a client without a kit, made at the first call."""
+    path = folder / "identity.key"
+    if not path.exists():
+        write(path, SigningKey.generate().to_bytes())
+    return SigningKey.from_bytes(path.read_bytes())

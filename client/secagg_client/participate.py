@@ -16,11 +16,11 @@ from pathlib import Path
 import structlog
 
 from secagg.context import RoundContext
-from secagg.errors import ClosedError, DuplicateError
+from secagg.errors import ClosedError, DuplicateError, PausedError
 from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
-from secagg_client.config import ClientSettings
+from secagg_client.config import ClientSettings, identity_in
 from secagg_client.data import (
     DataError,
     Interactions,
@@ -85,10 +85,7 @@ class StateDir:
 
     def identity(self) -> SigningKey:
         """The client's signing key, made at the first call."""
-        path = self._root / "identity.key"
-        if not path.exists():
-            write(path, SigningKey.generate().to_bytes())
-        return SigningKey.from_bytes(path.read_bytes())
+        return identity_in(self._root)
 
     def save_vectors(self, round_number: int, state: bytes) -> None:
         """Keep the user vectors as they are after a round, and those of the round before."""
@@ -173,7 +170,7 @@ class _Record:
 def participate(
     settings: ClientSettings, on_round: Callable[[RoundReport, int], None]
 ) -> Participation:
-    """Take part in every round of the task until it ends.
+    """Take part in every round of the task until it ends, but those for which it is paused.
 
     Args:
         on_round: called once for each contribution with its cost and the number of rounds in all;
@@ -181,6 +178,7 @@ def participate(
 
     Raises:
         ForgedSketchError: the server had something else judged than it had committed to.
+        PrivacyError: another contribution would cost more privacy than allowed.
         SecaggError: the data cannot be used, or the task has failed or cannot be reached.
     """
     _, silo = load_silo(settings)
@@ -193,6 +191,7 @@ def participate(
         insecure=settings.insecure,
         rounding=_rounding(settings),
         outbox=settings.state_dir,
+        limits=settings.limits(),
     ) as session:
         try:
             for current in session.rounds(record.judged):
@@ -224,7 +223,7 @@ def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundRepor
     train_s = time.perf_counter() - started
     try:
         cost = current.contribute({"update": trained.update}, samples=trained.samples)
-    except (ClosedError, DuplicateError) as error:
+    except (ClosedError, DuplicateError, PausedError) as error:
         _LOG.warning("round_missed", round=current.number, why=error.reason)
         return None
     state.save_vectors(current.number, silo.state())

@@ -19,12 +19,16 @@ A refused contribution is a warning in the log, `update_refused`, and a verdict 
 another, `verdict_missing`. A server that had something else judged than it had committed to ends
 the loop with `ForgedSketchError`, and what proves it stays in the outbox. Who leaves the loop early
 asks with `CurrentRound.verdict`, which waits for the verdict.
+
+With an outbox, the same folder has the ledger of what was contributed and what it may have cost in
+privacy, which every upload enters before it is sent and no upload may overdraw (see `ledger`), and
+the switch by which `secagg-client pause` keeps this client from contributing (see `switch`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +40,7 @@ import structlog
 from numpy.typing import NDArray
 
 from secagg.certificates import Kit, Role
-from secagg.context import NO_MODEL, RoundContext
+from secagg.context import NO_MODEL, ContextId, RoundContext
 from secagg.encryptor import encrypt_quantized
 from secagg.endorsement import Endorsement, read_pins
 from secagg.errors import (
@@ -44,10 +48,15 @@ from secagg.errors import (
     ClosedError,
     ConfigurationError,
     ContextError,
+    DuplicateError,
     ForgedSketchError,
+    IdentityError,
     MalformedError,
     NormError,
+    PausedError,
     RoundError,
+    SecaggError,
+    UploadError,
 )
 from secagg.parameters import CHUNK_BYTES, MAX_VALUES, FloatSegment, TensorSpec
 from secagg.quantize import Contribution, quantize
@@ -75,9 +84,14 @@ from secagg.wire.codec import (
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc, round_pb2
 from secagg_client.judgement import Judgement, judged
+from secagg_client.ledger import Fate, Ledger, Limits
 from secagg_client.outbox import Kept, Outbox
+from secagg_client.switch import Switch
 
-__all__ = ["ClientKit", "ClientSession", "Cost", "CurrentRound", "Judgement", "Model"]
+__all__ = ["ClientKit", "ClientSession", "Cost", "CurrentRound", "Judgement", "Limits", "Model"]
+
+PAUSE_POLL_S = 1.0
+"""Seconds between two looks at whether this client may go on."""
 
 _LOG = structlog.get_logger(__name__)
 _T = TypeVar("_T")
@@ -186,7 +200,9 @@ class CurrentRound:
 
         Raises:
             InputError: the data cannot be used; nothing was sent.
-            ClosedError: too late; nothing of it is in the sum.
+            PrivacyError: it would cost more than allowed; nothing was sent.
+            PausedError: this client has been paused; what is not complete is not in the sum.
+            ClosedError: too late, or withdrawn; nothing of it is in the sum.
             ContextError: the server has changed its commitment since this was encrypted.
             UploadError: refused; the message says why.
             UnavailableError: the server could not be reached in time.
@@ -214,15 +230,18 @@ class ClientSession:
             same one in every round.
         insecure: must be true for plaintext.
         outbox: folder in which uploads are kept until the next round, so that a crash never makes
-            this client encrypt twice for one round, and verdicts can be checked after one; None
-            keeps nothing.
+            this client encrypt twice for one round, and verdicts can be checked after one; and the
+            ledger and the switch for good. None keeps nothing, and knows what was spent for as long
+            as the session lasts.
+        limits: what this client may spend, beyond what the plan allows; nothing is forbidden when
+            omitted.
         rounding: makes the stream of the stochastic rounding for a round; the operating system when
             omitted. Anything else is repeatable, and refused off loopback.
         retry: when to try again.
 
     Raises:
-        ConfigurationError: an address that cannot be used, repeatable rounding off loopback, or
-            plaintext without the explicit wish for it.
+        ConfigurationError: an address that cannot be used, repeatable rounding off loopback,
+            plaintext without the explicit wish for it, or a limit without an outbox to count in.
     """
 
     def __init__(
@@ -235,6 +254,7 @@ class ClientSession:
         rounding: RoundingSource | None = None,
         retry: RetryPolicy | None = None,
         outbox: Path | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._kit = credentials if isinstance(credentials, ClientKit) else None
         if (self._kit is None) != insecure:
@@ -247,6 +267,12 @@ class ClientSession:
                 "expected rounding by the operating system's randomness off loopback; a repeatable "
                 "stream is for demos and tests on one machine"
             )
+        self._limits = limits or Limits()
+        if self._limits.max_epsilon is not None and outbox is None:
+            raise ConfigurationError(
+                "expected an outbox with max_epsilon; got none; what was spent before would not be "
+                "known"
+            )
         self._task_id = task_id
         self._identity = credentials.identity if isinstance(credentials, ClientKit) else credentials
         self._rounding = rounding or (lambda _context: Stream.from_os())
@@ -256,6 +282,7 @@ class ClientSession:
             diagnose=lambda: why_unreachable(address, tls, (Role.SERVER,)),
         )
         self._outbox = Outbox(outbox, task_id) if outbox else None
+        self._ledger, self._switch = Ledger(outbox), Switch(outbox)
         self._sent: Kept | None = None
         self._settled = (0, 0)  # the newest upload about which nothing is left to ask
         self._models: dict[int, bytes] = {}  # digests by version, as rounds have named them
@@ -282,7 +309,8 @@ class ClientSession:
     ) -> Iterator[CurrentRound]:
         """Every round that this client can contribute to, until the task ends.
 
-        Another attempt at an aborted round comes as a round of its own.
+        Another attempt at an aborted round comes as a round of its own. None comes while this
+        client is paused.
 
         Args:
             on_judgement: told the verdict on the newest contribution, before the next round comes
@@ -293,6 +321,7 @@ class ClientSession:
             ForgedSketchError: the server had something else judged than it had committed to, now
                 or before; says where the evidence is.
             IdentityError: TLS, or the server, refuses this client; says why.
+            PrivacyError: a contribution to this round would cost more than allowed.
             RoundError: the task has failed; the message says why.
             UnavailableError: the server could not be reached in time.
             SecaggError: what else the server answered.
@@ -300,6 +329,7 @@ class ClientSession:
         self._require_no_evidence()
         done = (0, 0)
         while True:
+            self._wait_while_paused()
             try:
                 answer = self._next_round(done)
             except RoundError as error:
@@ -307,10 +337,13 @@ class ClientSession:
                 if isinstance(error, ClosedError):
                     return
                 raise
+            if self._switch.paused:
+                continue  # the round was long in coming
             context = self._offered(answer, done)
             commitment = _commitment(context, answer)
             done = (context.id.round_number, context.id.attempt)
             self._settle(on_judgement, before=done)
+            self._ledger.require(context, self._limits)
             model = self._starting_model(context, answer)
             self._models[model.version] = context.id.model_digest
             holder = answer.key_holder_identity
@@ -323,6 +356,12 @@ class ClientSession:
                 f"{found[0]} is evidence that it was; report it, and move it away to take part "
                 "again"
             )
+
+    def _wait_while_paused(self) -> None:
+        if self._switch.paused:
+            _LOG.warning("paused", task=self._task_id)
+        while self._switch.paused:
+            self._retry.sleep(PAUSE_POLL_S)
 
     def _next_round(self, done: tuple[int, int]) -> pb.GetRoundResponse:
         request = pb.GetRoundRequest(
@@ -411,6 +450,7 @@ class ClientSession:
         key_holder: bytes = b"",
     ) -> Cost:
         """See `CurrentRound.contribute`."""
+        self._switch.require_on()
         started = time.perf_counter()
         if self._outbox and (kept := self._outbox.load(context.id)):
             receipt = kept.upload.admission.receipt
@@ -428,7 +468,7 @@ class ClientSession:
             contributions,
             samples=samples,
             rotation=context.rotation,
-            rounding=self._rounding(context),
+            randomness=self._rounding(context),
         )
         quantized_at = time.perf_counter()
         upload = encrypt_quantized(context, quantized, self._identity, commitment)
@@ -456,27 +496,83 @@ class ClientSession:
     def send(self, context: RoundContext, upload: Upload) -> None:
         """Upload what is encrypted: announce, send the missing chunks, commit.
 
-        Sending the same upload again is harmless at any point.
+        Sending the same upload again is harmless at any point. It enters the ledger before the
+        first message leaves.
 
         Raises:
-            ClosedError, UploadError, UnavailableError: see `CurrentRound.contribute`.
+            PrivacyError, PausedError, ClosedError, UploadError, UnavailableError: see
+                `CurrentRound.contribute`.
         """
-        announced = self._call(
-            self._stub.OpenUpload,
-            pb.OpenUploadRequest(admission=admission_to_wire(upload.admission)),
-        )
+        self._switch.require_on()
+        self._ledger.require(context, self._limits)
+        unseen = self._ledger.sent(context)
+        try:
+            missing = self._announce(upload)
+            unseen = unseen and not missing
+            if missing is not None:
+                self._complete(context, upload, missing)
+        except DuplicateError:
+            raise  # another upload of this client is there: something has left
+        except SecaggError as error:
+            fate = _fate(error) or (Fate.MISSED if unseen else None)
+            if fate:
+                self._ledger.ended(context.id, fate, certain=unseen)
+            raise
+        self._ledger.ended(context.id, Fate.ACCEPTED)
+
+    def _announce(self, upload: Upload) -> Sequence[int] | None:
+        """The chunks that are missing; None if the upload is complete already."""
+        request = pb.OpenUploadRequest(admission=admission_to_wire(upload.admission))
+        announced: pb.OpenUploadResponse = self._call(self._stub.OpenUpload, request)
+        if announced.state == round_pb2.UPLOAD_STATE_REJECTED:
+            raise ClosedError(
+                "expected an upload that may still come in; the server has it as withdrawn or "
+                "refused; join the next round"
+            )
         if announced.state == round_pb2.UPLOAD_STATE_ACCEPTED:
-            return
+            return None
+        return announced.missing_chunks
+
+    def _complete(self, context: RoundContext, upload: Upload, missing: Sequence[int]) -> None:
         name: dict[str, Any] = {
             "context": context_id_to_wire(context.id),
             "client_key": upload.admission.receipt.client_key,
             "upload_digest": upload.admission.receipt.upload_digest,
         }
-        for index in announced.missing_chunks:
+        for index in missing:
+            self._switch.require_on()
             data = upload.payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
             chunk = pb.PutChunkRequest(**name, chunk_index=index, data=data)
             self._call(self._stub.PutChunk, chunk)
+        self._switch.require_on()
         self._call(self._stub.CommitUpload, pb.CommitUploadRequest(**name))
+
+    def withdraw(self) -> ContextId | None:
+        """Take this client's newest contribution out of its round, before the round has closed.
+
+        Pause first: a client that takes part at the same time goes on otherwise. Withdrawing again
+        is harmless.
+
+        Returns:
+            The attempt that it was made for; None where nothing was kept to withdraw.
+
+        Raises:
+            ClosedError: too late, it is part of the sum; or the file of the upload is damaged.
+            UnavailableError: the server could not be reached in time; try again at once.
+            SecaggError: what else the server answered.
+        """
+        kept = self._sent or (self._outbox.latest() if self._outbox else None)
+        if kept is None:
+            return None
+        request = pb.WithdrawUploadRequest(
+            context=context_id_to_wire(kept.context.id),
+            client_key=self._identity.public,
+            upload_digest=kept.upload.admission.receipt.upload_digest,
+        )
+        self._call(self._stub.WithdrawUpload, request)
+        self._ledger.ended(kept.context.id, Fate.WITHDRAWN)
+        self._settled = max(self._settled, kept.number)
+        return kept.context.id
 
     def verdict(self, context: RoundContext) -> Judgement:
         """What the norm check found of this client's contribution to a round, checked.
@@ -520,6 +616,8 @@ class ClientSession:
             kept = self._sent or (self._outbox.latest() if self._outbox else None)
             if kept is None or kept.context.plan.norm_check is None:
                 return
+            if self._ledger.withdrawn(kept.context.id):
+                return  # by a command, beside this session
             judgement = self._judgement(kept, _once(self._stub.GetVerdict, _verdict_of(kept)))
         except (grpc.RpcError, RoundError) as error:
             # Training goes on: a server that hides a verdict could as well be unreachable.
@@ -542,9 +640,14 @@ class ClientSession:
         anybody = kept.key_holder or answer.verdict.identity
         pins = self._kit.pins() if self._kit else frozenset({anybody})
         try:
-            return judged(answer, kept, pins, self._model_version)
+            judgement = judged(answer, kept, pins, self._model_version)
         except ForgedSketchError as error:
             raise ForgedSketchError(f"{error}; {self._keep_evidence(kept, answer)}") from None
+        if not judgement.accepted:
+            # The key holder opens no sum with it, and its signature is that of a pinned one.
+            certain = self._kit is not None
+            self._ledger.ended(judgement.context, Fate.REFUSED, certain=certain)
+        return judgement
 
     def _keep_evidence(self, kept: Kept, answer: pb.GetVerdictResponse) -> str:
         """Where the answer has been put, in words."""
@@ -570,6 +673,13 @@ class ClientSession:
 
     def _call(self, method: Callable[..., _T], request: object) -> Any:  # noqa: ANN401 - any response
         return self._retry.call(lambda: _once(method, request))
+
+
+def _fate(error: SecaggError) -> Fate | None:
+    """What becomes of an upload that ended so, by the server's word; None if it has given none."""
+    if isinstance(error, ClosedError | PausedError):
+        return Fate.MISSED
+    return Fate.REFUSED if isinstance(error, UploadError | IdentityError) else None
 
 
 def _once(method: Callable[..., _T], request: object) -> _T:

@@ -18,6 +18,7 @@ DEADLINES_S: dict[str, float] = {
     # Hashes the whole upload.
     "CommitUpload": 60.0,
     "GetVerdict": 30.0,
+    "WithdrawUpload": 30.0,
     "CreateTask": 60.0,
     "GetSums": 60.0,
     "ExportAudit": 600.0,

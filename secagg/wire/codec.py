@@ -22,6 +22,8 @@ from secagg.parameters import (
     IntegerSegment,
     NormCheck,
     Plan,
+    Privacy,
+    RowThreshold,
     Segment,
     TensorSpec,
 )
@@ -77,6 +79,13 @@ _WEIGHTINGS = {
 }
 _WEIGHTING_NAMES = {number: name for name, number in _WEIGHTINGS.items()}
 
+_MODES = {
+    "release": plan_pb2.PRIVACY_MODE_RELEASE,
+    "distributed": plan_pb2.PRIVACY_MODE_DISTRIBUTED,
+    "local": plan_pb2.PRIVACY_MODE_LOCAL,
+}
+_MODE_NAMES = {number: name for name, number in _MODES.items()}
+
 _M = TypeVar("_M", bound=Message)
 
 
@@ -131,6 +140,8 @@ def plan_to_wire(plan: Plan) -> plan_pb2.Plan:
         max_clients=plan.max_clients,
         segments=[_segment_to_wire(segment) for segment in plan.segments],
         norm_check=_norm_check_to_wire(plan.norm_check),
+        privacy=_privacy_to_wire(plan.privacy),
+        threshold=_threshold_to_wire(plan.threshold),
     )
 
 
@@ -150,6 +161,42 @@ def _norm_check_from_wire(message: plan_pb2.NormCheck) -> NormCheck:
     return NormCheck(message.margin, message.sketches, message.tolerated, cosine)
 
 
+def _privacy_to_wire(privacy: Privacy | None) -> plan_pb2.Privacy | None:
+    if privacy is None:
+        return None
+    return plan_pb2.Privacy(
+        mode=_MODES[privacy.mode],
+        noise_multiplier=privacy.noise_multiplier,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        honest_clients=privacy.honest_clients,
+        integer_share=privacy.integer_share,
+    )
+
+
+def _privacy_from_wire(message: plan_pb2.Privacy) -> Privacy:
+    if message.mode not in _MODE_NAMES:
+        raise MalformedError(f"expected a known privacy mode; got number {message.mode}")
+    return Privacy(
+        _MODE_NAMES[message.mode],
+        message.noise_multiplier,
+        message.epsilon,
+        message.delta,
+        message.honest_clients,
+        message.integer_share,
+    )
+
+
+def _threshold_to_wire(threshold: RowThreshold | None) -> plan_pb2.RowThreshold | None:
+    if threshold is None:
+        return None
+    return plan_pb2.RowThreshold(counts=threshold.counts, least=threshold.least)
+
+
+def _threshold_from_wire(message: plan_pb2.RowThreshold) -> RowThreshold:
+    return RowThreshold(message.counts, message.least)
+
+
 def _segment_to_wire(segment: Segment) -> plan_pb2.Segment:
     if isinstance(segment, IntegerSegment):
         integers = plan_pb2.IntegerSegment(
@@ -162,6 +209,8 @@ def _segment_to_wire(segment: Segment) -> plan_pb2.Segment:
         bits=segment.bits,
         weighting=_WEIGHTINGS[segment.weighting],
         weight_cap=segment.weight_cap,
+        rows=segment.rows,
+        clip_bit=segment.clip_bit,
     )
     return plan_pb2.Segment(name=segment.name, floats=floats)
 
@@ -170,7 +219,8 @@ def plan_from_wire(message: plan_pb2.Plan) -> Plan:
     """Plan the received specification anew.
 
     Raises:
-        MalformedError: a segment without a kind or weighting, or tensors out of order.
+        MalformedError: a segment without a kind or weighting, tensors out of order, or privacy
+            without a mode.
         PlanError: no exact plan exists for it.
     """
     segments = [_segment_from_wire(segment) for segment in message.segments]
@@ -180,6 +230,10 @@ def plan_from_wire(message: plan_pb2.Plan) -> Plan:
         min_clients=message.min_clients,
         max_clients=message.max_clients,
         norm_check=check,
+        privacy=_privacy_from_wire(message.privacy) if message.HasField("privacy") else None,
+        threshold=_threshold_from_wire(message.threshold)
+        if message.HasField("threshold")
+        else None,
     )
 
 
@@ -197,7 +251,14 @@ def _segment_from_wire(message: plan_pb2.Segment) -> Segment:
     tensors = tensors_from_wire(floats.tensors)
     weighting = _WEIGHTING_NAMES[floats.weighting]
     segment = FloatSegment(
-        message.name, tensors, floats.clip, floats.bits, weighting, floats.weight_cap
+        message.name,
+        tensors,
+        floats.clip,
+        floats.bits,
+        weighting,
+        floats.weight_cap,
+        floats.rows,
+        floats.clip_bit,
     )
     if segment.tensors != tensors:
         raise MalformedError("expected tensors sorted by name; they are not")

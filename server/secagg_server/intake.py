@@ -168,13 +168,41 @@ class Intake:
         current = self._require_receiving(context, client, upload_digest)
         if missing := self._missing(current, upload_digest):
             raise MalformedError(f"expected all chunks; {len(missing)} are missing; send them")
-        if self._sha256(current, upload_digest) != upload_digest:
+        try:
+            found = self._sha256(current, upload_digest)
+        except FileNotFoundError:
+            raise ClosedError(
+                "expected the chunks of an upload until it is complete; they were withdrawn; the "
+                "round goes on without them"
+            ) from None
+        if found != upload_digest:
             self._blobs.drop_upload(context, upload_digest)
             raise MalformedError(
                 "expected the bytes that the receipt signs; their SHA-256 differs; send them again"
             )
         self._store.accept_upload(current.context, client)
         failpoint("upload-accepted")
+
+    def withdraw(
+        self,
+        context: ContextId,
+        client_key: bytes,
+        upload_digest: bytes,
+        caller: str | None = None,
+    ) -> None:
+        """Take an upload out of a round that collects; withdrawing it again changes nothing.
+
+        Raises:
+            NotEnrolledError, RevokedError, MismatchError: not the caller's own signing key.
+            ClosedError: too late; it is among those that are summed.
+            ContextError: made for another round.
+            ConfigurationError: no such round.
+            DuplicateError: not the upload that this client announced, or somebody else's.
+        """
+        client = client_of_caller(self._roster, caller, client_key)
+        self._store.withdraw_upload(context, client, client_key, upload_digest)
+        # After the record: what dies in between is erased with the round.
+        self._blobs.drop_upload(context, upload_digest)
 
     def _missing(self, current: OpenRound, upload_digest: bytes) -> list[int]:
         count = current.context.plan.chunks

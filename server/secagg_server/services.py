@@ -209,6 +209,22 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             model_version=shown.model_version,
         )
 
+    @translated
+    async def WithdrawUpload(
+        self, request: aggregation_service_pb2.WithdrawUploadRequest, context: _Context
+    ) -> aggregation_service_pb2.WithdrawUploadResponse:
+        """See the contract."""
+        await asyncio.to_thread(
+            self._intake.withdraw,
+            context_id_from_wire(request.context),
+            exact("client_key", request.client_key, CLIENT_KEY_BYTES),
+            exact("upload_digest", request.upload_digest, DIGEST_BYTES),
+            _caller_name(),
+        )
+        return aggregation_service_pb2.WithdrawUploadResponse(
+            state=_upload_state(UploadState.REJECTED)
+        )
+
     def _accepted(self, request: aggregation_service_pb2.CommitUploadRequest) -> int:
         context = request.context
         return self._store.counts((context.task_id, context.round_number, context.attempt)).accepted

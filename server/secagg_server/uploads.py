@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from secagg.context import ContextId, RoundContext
-from secagg.errors import ClosedError, ConfigurationError, DuplicateError
+from secagg.context import ContextId, RoundContext, round_key_id
+from secagg.errors import ClosedError, ConfigurationError, ContextError, DuplicateError
 from secagg.upload import Admission
 from secagg.verdicts import Verdict
 from secagg.wire.codec import (
@@ -23,13 +23,14 @@ from secagg.wire.codec import (
 )
 from secagg.wire.v1 import round_pb2
 from secagg_server.audit_log import AuditLog, where
-from secagg_server.schema import RoundKey, RoundRow, UploadRow
+from secagg_server.schema import RoundKey, RoundRow, TaskRow, UploadRow
 from secagg_server.states import RoundState, UploadState
 from secagg_server.transactions import reading, writing
 
 __all__ = ["UploadCounts", "Uploads", "reason_code", "require_round", "round_key", "storable"]
 
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+_WITHDRAWN = "WITHDRAWN: by the client itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,60 @@ class Uploads(AuditLog):
     ) -> None:
         named = {"client": self._hashed(client), "upload": digest.hex()}
         self._record(session, event, **where(key), **named, **details)
+
+    @writing
+    def withdraw_upload(
+        self,
+        session: Session,
+        context: ContextId,
+        client: str,
+        client_key: bytes,
+        upload_digest: bytes,
+    ) -> None:
+        """Refuse a client's upload at its own wish, announced or not, and forget its sealed seed.
+
+        Not once as many uploads as wanted are there: the round closes for their sake, and would be
+        one short. So a count that has come that far never falls again.
+
+        Raises:
+            ConfigurationError: no such attempt.
+            ContextError: it has another round key.
+            DuplicateError: the client announced a different upload, or another client this one.
+            ClosedError: it is among those that are summed.
+        """
+        key = _key(context)
+        attempt = require_round(session, key)
+        if round_key_id(attempt.round_key) != context.round_key_id:
+            raise ContextError(
+                "expected the context of the round that was uploaded to; its round key differs; "
+                "withdraw with the context that was announced"
+            )
+        row = session.get(UploadRow, (*key, client))
+        if row is not None and row.upload_digest != upload_digest:
+            raise DuplicateError(
+                "expected the upload that this client announced; this is another one; withdraw "
+                "that one"
+            )
+        if row is None:
+            if attempt.state is not RoundState.COLLECTING:
+                return  # it cannot come any more
+            _refuse_copy(session, key, upload_digest)
+            row = UploadRow(
+                task_id=key[0],
+                round_number=key[1],
+                attempt=key[2],
+                client=client,
+                client_key=client_key,
+                upload_digest=upload_digest,
+                state=UploadState.RECEIVING,
+            )
+            session.add(row)
+        if row.state is UploadState.REJECTED:
+            return  # the first reason stands
+        if row.state is UploadState.ACCEPTED:
+            _require_time_left(session, attempt)
+        row.admission = None
+        self._reject(session, row, _WITHDRAWN)
 
     @reading
     def upload(
@@ -264,6 +319,23 @@ def _refuse_copy(session: Session, key: RoundKey, upload_digest: bytes) -> None:
         raise DuplicateError(
             "expected an upload made for this round; these bytes were announced in another round "
             "or attempt; encrypt anew"
+        )
+
+
+def _require_time_left(session: Session, attempt: RoundRow) -> None:
+    """Refuse to take an accepted upload out of an attempt that has closed, or closes now."""
+    if attempt.state is RoundState.ABORTED:
+        raise ClosedError(
+            "expected a round that collects; this attempt has ended without a result; there is "
+            "nothing to withdraw from"
+        )
+    wanted = session.get_one(TaskRow, attempt.task_id).task_spec().target_clients
+    full = _counts(session, attempt.key).accepted >= wanted
+    if full or attempt.state is not RoundState.COLLECTING:
+        raise ClosedError(
+            "expected a round that collects and waits for more; this one has closed: the upload is "
+            "part of its sum, which is published, and cannot be taken out; it tells of this client "
+            "what one release of the plan does; stay paused to be in no other"
         )
 
 

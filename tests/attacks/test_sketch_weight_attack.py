@@ -65,7 +65,7 @@ def update(context: RoundContext, samples: int, number: int) -> Integers:
     rounding = Stream.derive("rounding", number)
     tensors = {"vector": vector}
     return quantize_update(
-        segment, tensors, samples=samples, rotation=context.rotation, rounding=rounding
+        segment, tensors, samples=samples, rotation=context.rotation, randomness=rounding
     ).values
 
 

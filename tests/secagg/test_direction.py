@@ -69,7 +69,7 @@ def sketched(plan: Plan, update: Floats, number: int) -> Sketch:
         {plan.segments[0].name: update},
         samples=1,
         rotation=context.rotation,
-        rounding=Stream.derive("test rounding", number),
+        randomness=Stream.derive("test rounding", number),
     )
     residues = ring.to_ntt(pack(plan.layouts[0], parts[0].values))
     key = Stream.derive("test challenge", number).read(32)

@@ -650,7 +650,7 @@ def test_no_repr_shows_a_secret() -> None:
         {"update": update},
         samples=1,
         rotation=holder.context.rotation,
-        rounding=Stream(bytes(32)),
+        randomness=Stream(bytes(32)),
     )
     private = [identity.to_bytes() for identity in IDENTITIES]
     made = [

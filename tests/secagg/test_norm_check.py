@@ -76,7 +76,7 @@ def update(plan: Plan, number: int, norm: float = 1.0, samples: int = 1) -> list
         {segment.name: drawn},
         samples=samples,
         rotation=context_of(plan).rotation,
-        rounding=Stream.derive("test rounding", number),
+        randomness=Stream.derive("test rounding", number),
     )
     if norm == 1.0:
         return [part.values for part in parts]
@@ -121,7 +121,7 @@ def test_sparse_updates_at_the_clip_bound_are_never_refused() -> None:
                 {segment.name: vector},
                 samples=1,
                 rotation=context_of(ONE_BLOCK).rotation,
-                rounding=Stream.derive("test rounding", number),
+                randomness=Stream.derive("test rounding", number),
             )
             made = judged(ONE_BLOCK, packed(ONE_BLOCK, [parts[0].values]), number)
             assert passes(ONE_BLOCK, NO_KEY, made)

@@ -53,7 +53,7 @@ def there_and_back(
     segment: FloatSegment, update: NDArray[np.float32], samples: int = 1, seed: int = 1
 ) -> tuple[NDArray[np.float64], float]:
     done = quantize_update(
-        segment, {"vector": update}, samples=samples, rotation=ROTATION, rounding=seeded(seed)
+        segment, {"vector": update}, samples=samples, rotation=ROTATION, randomness=seeded(seed)
     )
     assert done.saturated == 0
     tensors, weight = dequantize_update(segment, done.values, rotation=ROTATION)
@@ -106,7 +106,7 @@ def test_the_rotation_depends_on_the_public_string_and_the_segment() -> None:
     segment = vector_segment(4096)
     other = FloatSegment("other", segment.tensors, 1.0)
     results = [
-        quantize_update(which, update, samples=1, rotation=string, rounding=seeded(1)).values
+        quantize_update(which, update, samples=1, rotation=string, randomness=seeded(1)).values
         for which, string in ((segment, ROTATION), (segment, bytes(32)), (other, ROTATION))
     ]
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -121,7 +121,7 @@ def test_the_rotation_depends_on_the_public_string_and_the_segment() -> None:
 def rotated(segment: FloatSegment, update: NDArray[np.float32]) -> NDArray[np.float64]:
     """The exact steps before rounding, in float64, for one block and no clipping."""
     laid = np.zeros(segment.values)
-    slots = segment.rotations * segment.rotation_payload
+    slots = segment.values
     stride = max(1, round(slots * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, slots) != 1:
         stride += 1
@@ -143,7 +143,7 @@ def test_rounding_is_unbiased_and_within_one_step() -> None:
     drawn = np.stack(
         [
             quantize_update(
-                segment, {"vector": update}, samples=1, rotation=ROTATION, rounding=seeded(i)
+                segment, {"vector": update}, samples=1, rotation=ROTATION, randomness=seeded(i)
             ).values
             for i in range(repeats)
         ]
@@ -162,7 +162,7 @@ def test_integers_on_the_grid_are_not_moved() -> None:
     segment = vector_segment(1, clip=127.0)  # one coordinate, step 1
     for value in (-127.0, -3.0, 0.0, 126.0, 127.0):
         done = quantize_update(
-            segment, {"vector": [value]}, samples=1, rotation=ROTATION, rounding=seeded(5)
+            segment, {"vector": [value]}, samples=1, rotation=ROTATION, randomness=seeded(5)
         )
         assert abs(int(done.values[0])) == abs(value)
 
@@ -173,7 +173,7 @@ def test_no_integer_leaves_the_planned_range(bits: int) -> None:
     update = np.zeros(4096 * 20, dtype=np.float32)
     update[7] = 1.0
     done = quantize_update(
-        segment, {"vector": update}, samples=1, rotation=ROTATION, rounding=seeded(bits)
+        segment, {"vector": update}, samples=1, rotation=ROTATION, randomness=seeded(bits)
     )
     assert np.abs(done.values).max() == segment.max_abs == 2 ** (bits - 1) - 1
 
@@ -185,13 +185,13 @@ def test_saturated_coordinates_are_counted() -> None:
     update = np.zeros(4096 * 64, dtype=np.float32)
     update[123] = 1.0
     done = quantize_update(
-        segment, {"vector": update}, samples=1, rotation=ROTATION, rounding=seeded(1)
+        segment, {"vector": update}, samples=1, rotation=ROTATION, randomness=seeded(1)
     )
     assert done.saturated == 4096
     assert np.count_nonzero(done.values) == 4096
     spread = gaussian(1, 4096 * 64, 0.5)
     done = quantize_update(
-        segment, {"vector": spread}, samples=1, rotation=ROTATION, rounding=seeded(1)
+        segment, {"vector": spread}, samples=1, rotation=ROTATION, randomness=seeded(1)
     )
     assert done.saturated == 0
 
@@ -205,7 +205,7 @@ def test_a_larger_update_is_scaled_to_the_clip_norm(factor: float) -> None:
     unit = gaussian(9, 1000, 1.0)
     update = (unit * np.float32(2.0 * factor)).astype(np.float32)
     done = quantize_update(
-        segment, {"vector": update}, samples=1, rotation=ROTATION, rounding=seeded(2)
+        segment, {"vector": update}, samples=1, rotation=ROTATION, randomness=seeded(2)
     )
     assert done.clipped
     back, _ = dequantize_update(segment, done.values, rotation=ROTATION)
@@ -217,7 +217,7 @@ def test_an_update_at_the_clip_norm_is_left_alone() -> None:
     segment = vector_segment(2, clip=5.0)
     for update, clipped in (([3.0, 4.0], False), ([3.0, 4.0001], True), ([0.0, 0.0], False)):
         done = quantize_update(
-            segment, {"vector": update}, samples=1, rotation=ROTATION, rounding=seeded(1)
+            segment, {"vector": update}, samples=1, rotation=ROTATION, randomness=seeded(1)
         )
         assert done.clipped is clipped
 
@@ -257,7 +257,7 @@ def test_the_weighted_mean_of_many_clients_is_close_to_the_true_one(
             {"vector": update},
             samples=count,
             rotation=ROTATION,
-            rounding=seeded(seed * 16 + i),
+            randomness=seeded(seed * 16 + i),
         )
         assert done.saturated == 0
         total += done.values
@@ -284,7 +284,7 @@ def test_samples_below_one_are_refused() -> None:
                 {"vector": np.zeros(4)},
                 samples=samples,
                 rotation=ROTATION,
-                rounding=seeded(1),
+                randomness=seeded(1),
             )
 
 
@@ -402,7 +402,7 @@ def test_an_extreme_clip_norm_gives_integers_in_range(clip: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = quantize_update(
-            segment, {"vector": np.zeros(10)}, samples=1, rotation=ROTATION, rounding=seeded(1)
+            segment, {"vector": np.zeros(10)}, samples=1, rotation=ROTATION, randomness=seeded(1)
         )
     assert -segment.max_abs <= done.values.min() <= done.values.max() <= segment.max_abs
 
@@ -485,7 +485,7 @@ def quantize_plan(contributions: dict[str, object]) -> list[quantizer.Quantized]
         contributions,  # type: ignore[arg-type]
         samples=1,
         rotation=ROTATION,
-        rounding=seeded(1),
+        randomness=seeded(1),
     )
 
 
@@ -534,7 +534,7 @@ def test_the_format_of_the_quantised_integers_is_stable() -> None:
         },
         samples=3,
         rotation=ROTATION,
-        rounding=seeded(7),
+        randomness=seeded(7),
     )
     assert not parts[0].clipped
     data = parts[0].values.astype("<i8").tobytes()
@@ -587,7 +587,7 @@ def test_no_honest_norm_exceeds_the_planned_one(size: int, bits: int, cap: int) 
                 {"vector": vector},
                 samples=max(cap, 1),
                 rotation=seed.to_bytes(32, "big"),
-                rounding=seeded(seed),
+                randomness=seeded(seed),
             )
             largest = max(largest, float(np.linalg.norm(done.values)))
     assert largest <= bound
@@ -610,7 +610,7 @@ def test_a_client_of_less_weight_keeps_to_a_smaller_norm(samples: int, bits: int
                 {"vector": vector},
                 samples=samples,
                 rotation=ROTATION,
-                rounding=seeded(seed),
+                randomness=seeded(seed),
             )
             assert np.linalg.norm(done.values) <= bound
 
@@ -644,7 +644,7 @@ def test_no_random_updates_norm_exceeds_the_planned_one(
         {"vector": (vector / norm).astype(np.float32)},
         samples=samples,
         rotation=ROTATION,
-        rounding=seeded(seed),
+        randomness=seeded(seed),
     )
     assert np.linalg.norm(done.values) <= bound
 

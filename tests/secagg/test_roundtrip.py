@@ -228,14 +228,14 @@ def test_the_mean_is_that_of_the_reference_in_the_clear() -> None:
             "n": drawn.integers(-9, 10, 30),
         }
         seed = client.to_bytes(32, "big")
-        encryptor = Encryptor(holder.context, rounding=Stream(seed))
+        encryptor = Encryptor(holder.context, randomness=Stream(seed))
         server.add(encryptor.encrypt_segments(contribution, samples=3))
         parts = quantize(
             plan,
             contribution,
             samples=3,
             rotation=holder.context.rotation,
-            rounding=Stream(seed),
+            randomness=Stream(seed),
         )
         sums = [total + part.values for total, part in zip(sums, parts, strict=True)]
         counts += contribution["n"]
@@ -298,7 +298,7 @@ def test_an_impossible_sum_of_weights_is_refused(forged: int) -> None:
             {"update": np.zeros(4000)},
             samples=10,
             rotation=holder.context.rotation,
-            rounding=Stream(bytes([i]) * 32),
+            randomness=Stream(bytes([i]) * 32),
         )[0].values
         for i in range(3)
     ]
@@ -322,7 +322,7 @@ def test_small_honest_weights_are_not_called_forged() -> None:
     holder = KeyHolder(plan)
     server = Aggregator(holder.context)
     for i in range(3):
-        encryptor = Encryptor(holder.context, rounding=Stream(bytes([i]) * 32))
+        encryptor = Encryptor(holder.context, randomness=Stream(bytes([i]) * 32))
         server.add(encryptor.encrypt(np.full(10, 0.1), samples=1))
     release = holder.release(server.aggregate())
     with pytest.raises(ReleaseError, match="too small to divide by"):

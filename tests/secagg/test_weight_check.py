@@ -43,9 +43,10 @@ def forged(
     assert isinstance(segment, FloatSegment)
     vector = random.standard_normal(segment.parameters)
     vector *= update * segment.clip / np.linalg.norm(vector)
-    blocks = quantize._spread(segment, vector.astype(np.float32), 1 / segment.step, weight)
-    quantize._mix(blocks, rotation, segment)
-    return np.floor(blocks.reshape(-1) + random.random(blocks.size)).astype(np.int64)
+    steps = quantize._spread(segment, vector.astype(np.float32), 1 / segment.step)
+    quantize._accompany(segment, steps, weight)
+    quantize._mix(steps, rotation, segment)
+    return np.floor(steps + random.random(steps.size)).astype(np.int64)
 
 
 def sketched(plan: Plan, update: float, weight: float, number: int) -> Sketch:

@@ -135,7 +135,7 @@ def update(context: RoundContext, index: int, times: float) -> list[np.ndarray]:
         values,
         samples=1,
         rotation=context.rotation,
-        rounding=Stream.derive("test rounding", index),
+        randomness=Stream.derive("test rounding", index),
     )
     return [np.rint(2 * times * part.values).astype(np.int64) for part in parts]
 

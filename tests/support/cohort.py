@@ -133,7 +133,7 @@ def quantized(context: RoundContext, index: int) -> list[Quantized]:
         contribution(context.plan, index),
         samples=samples(index),
         rotation=context.rotation,
-        rounding=rounding(context, index),
+        randomness=rounding(context, index),
     )
 
 

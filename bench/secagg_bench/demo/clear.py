@@ -80,7 +80,7 @@ def _clear_round(
             {segment.name: trained.update},
             samples=trained.samples,
             rotation=rotation,
-            rounding=repeatable_rounding(seed, index, number),
+            randomness=repeatable_rounding(seed, index, number),
         )[0].values
     return Release(plan, rotation, len(silos), (total,))
 

@@ -35,9 +35,10 @@ def poison(settings: ClientSettings, kit: ClientKit) -> int:
                 {"update": trained.update},
                 samples=trained.samples,
                 rotation=current.context.rotation,
-                rounding=repeatable_rounding(settings.seed, settings.silo, current.number),
+                randomness=repeatable_rounding(settings.seed, settings.silo, current.number),
             )
             parts = [part.values * FACTOR for part in quantized]
+            parts += [part.noise for part in quantized if part.noise is not None]
             upload = encrypt_integers(current.context, parts, kit.identity, current.commitment)
             session.send(current.context, upload)
             sent += 1

@@ -291,7 +291,7 @@ class Federation:
                 trained.update,
                 samples=trained.samples,
                 rotation=rotation,
-                rounding=repeatable_rounding(self._setting.seed, index, number),
+                randomness=repeatable_rounding(self._setting.seed, index, number),
             )
             sent.append(_Sent(index, quantized.values))
         return sent, updates

@@ -137,3 +137,19 @@ class GetVerdictResponse(_message.Message):
     direction: bool
     model_version: int
     def __init__(self, verdict: _Optional[_Union[_round_pb2.NormVerdict, _Mapping]] = ..., challenge_key: _Optional[bytes] = ..., direction: bool = ..., model_version: _Optional[int] = ...) -> None: ...
+
+class WithdrawUploadRequest(_message.Message):
+    __slots__ = ("context", "client_key", "upload_digest")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    context: _round_pb2.ContextId
+    client_key: bytes
+    upload_digest: bytes
+    def __init__(self, context: _Optional[_Union[_round_pb2.ContextId, _Mapping]] = ..., client_key: _Optional[bytes] = ..., upload_digest: _Optional[bytes] = ...) -> None: ...
+
+class WithdrawUploadResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: _round_pb2.UploadState
+    def __init__(self, state: _Optional[_Union[_round_pb2.UploadState, str]] = ...) -> None: ...

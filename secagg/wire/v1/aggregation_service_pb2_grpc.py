@@ -65,6 +65,11 @@ class AggregationServiceStub(object):
                 request_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.SerializeToString,
                 response_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.FromString,
                 _registered_method=True)
+        self.WithdrawUpload = channel.unary_unary(
+                '/secagg.wire.v1.AggregationService/WithdrawUpload',
+                request_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadRequest.SerializeToString,
+                response_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadResponse.FromString,
+                _registered_method=True)
 
 
 class AggregationServiceServicer(object):
@@ -124,6 +129,19 @@ class AggregationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WithdrawUpload(self, request, context):
+        """Takes the caller's upload out of a round that still collects. Whatever of it is stored is
+        erased, it is in no sum, and the caller cannot upload to this attempt any more; the same if it
+        was not announced yet. Again, or for an upload that was refused or never completed: the same
+        answer, at any time. FAILED_PRECONDITION/ROUND_CLOSED once the round has closed or has all the
+        uploads it waits for; ALREADY_EXISTS/DUPLICATE_UPLOAD for another digest than the announced one,
+        or somebody else's; PERMISSION_DENIED/IDENTITY_MISMATCH for a key that is not the caller's;
+        FAILED_PRECONDITION/CONTEXT_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AggregationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -156,6 +174,11 @@ def add_AggregationServiceServicer_to_server(servicer, server):
                     servicer.GetVerdict,
                     request_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.FromString,
                     response_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.SerializeToString,
+            ),
+            'WithdrawUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.WithdrawUpload,
+                    request_deserializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadRequest.FromString,
+                    response_serializer=secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -321,6 +344,33 @@ class AggregationService(object):
             '/secagg.wire.v1.AggregationService/GetVerdict',
             secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictRequest.SerializeToString,
             secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.GetVerdictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WithdrawUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/secagg.wire.v1.AggregationService/WithdrawUpload',
+            secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadRequest.SerializeToString,
+            secagg_dot_wire_dot_v1_dot_aggregation__service__pb2.WithdrawUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

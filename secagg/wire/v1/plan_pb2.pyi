@@ -7,26 +7,65 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PrivacyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIVACY_MODE_UNSPECIFIED: _ClassVar[PrivacyMode]
+    PRIVACY_MODE_RELEASE: _ClassVar[PrivacyMode]
+    PRIVACY_MODE_DISTRIBUTED: _ClassVar[PrivacyMode]
+    PRIVACY_MODE_LOCAL: _ClassVar[PrivacyMode]
+
 class Weighting(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WEIGHTING_UNSPECIFIED: _ClassVar[Weighting]
     WEIGHTING_EQUAL: _ClassVar[Weighting]
     WEIGHTING_SAMPLES: _ClassVar[Weighting]
+PRIVACY_MODE_UNSPECIFIED: PrivacyMode
+PRIVACY_MODE_RELEASE: PrivacyMode
+PRIVACY_MODE_DISTRIBUTED: PrivacyMode
+PRIVACY_MODE_LOCAL: PrivacyMode
 WEIGHTING_UNSPECIFIED: Weighting
 WEIGHTING_EQUAL: Weighting
 WEIGHTING_SAMPLES: Weighting
 
 class Plan(_message.Message):
-    __slots__ = ("min_clients", "max_clients", "segments", "norm_check")
+    __slots__ = ("min_clients", "max_clients", "segments", "norm_check", "privacy", "threshold")
     MIN_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     NORM_CHECK_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     min_clients: int
     max_clients: int
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     norm_check: NormCheck
-    def __init__(self, min_clients: _Optional[int] = ..., max_clients: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., norm_check: _Optional[_Union[NormCheck, _Mapping]] = ...) -> None: ...
+    privacy: Privacy
+    threshold: RowThreshold
+    def __init__(self, min_clients: _Optional[int] = ..., max_clients: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., norm_check: _Optional[_Union[NormCheck, _Mapping]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., threshold: _Optional[_Union[RowThreshold, _Mapping]] = ...) -> None: ...
+
+class Privacy(_message.Message):
+    __slots__ = ("mode", "noise_multiplier", "epsilon", "delta", "honest_clients", "integer_share")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    HONEST_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_SHARE_FIELD_NUMBER: _ClassVar[int]
+    mode: PrivacyMode
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    honest_clients: int
+    integer_share: float
+    def __init__(self, mode: _Optional[_Union[PrivacyMode, str]] = ..., noise_multiplier: _Optional[float] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., honest_clients: _Optional[int] = ..., integer_share: _Optional[float] = ...) -> None: ...
+
+class RowThreshold(_message.Message):
+    __slots__ = ("counts", "least")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    counts: str
+    least: int
+    def __init__(self, counts: _Optional[str] = ..., least: _Optional[int] = ...) -> None: ...
 
 class NormCheck(_message.Message):
     __slots__ = ("margin", "sketches", "tolerated", "min_cosine")
@@ -51,18 +90,22 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., floats: _Optional[_Union[FloatSegment, _Mapping]] = ..., integers: _Optional[_Union[IntegerSegment, _Mapping]] = ...) -> None: ...
 
 class FloatSegment(_message.Message):
-    __slots__ = ("tensors", "clip", "bits", "weighting", "weight_cap")
+    __slots__ = ("tensors", "clip", "bits", "weighting", "weight_cap", "rows", "clip_bit")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_CAP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_BIT_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     clip: float
     bits: int
     weighting: Weighting
     weight_cap: int
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., clip: _Optional[float] = ..., bits: _Optional[int] = ..., weighting: _Optional[_Union[Weighting, str]] = ..., weight_cap: _Optional[int] = ...) -> None: ...
+    rows: int
+    clip_bit: bool
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., clip: _Optional[float] = ..., bits: _Optional[int] = ..., weighting: _Optional[_Union[Weighting, str]] = ..., weight_cap: _Optional[int] = ..., rows: _Optional[int] = ..., clip_bit: bool = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "shape")

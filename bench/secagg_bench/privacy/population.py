@@ -1,0 +1,151 @@
+"""Who trains and who is evaluated: users as clients, kept apart from the split they came from.
+
+A larger population is a bootstrap of the real one. Read `mechanism` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secagg_client.data import NO_TEST_ITEM, DataError, Split, load_dataset, split_leave_one_out
+from secagg_client.marketplace import generate_marketplace
+
+__all__ = ["DATASETS", "Clients", "bootstrap", "load_split", "validation_split"]
+
+DATASETS: Final = ("ml-100k", "amazon-beauty", "toy")
+"""``"toy"`` is generated; the others need their files."""
+
+_BEAUTY: Final = Path("amazon-beauty") / "s3rec_Beauty.txt"
+_TOY: Final = {"n_shoppers": 120, "n_products": 100}
+
+
+@dataclass(frozen=True, eq=False)
+class Clients:
+    """Clients that hold one user's training items each.
+
+    Attributes:
+        counts: how many items each client has, int64 of shape (clients,); 1 or more.
+        items: their items one client after another, int64 of shape (positives,).
+        n_items: size of the catalogue.
+    """
+
+    counts: NDArray[np.int64]
+    items: NDArray[np.int64]
+    n_items: int
+
+    def __post_init__(self) -> None:
+        if self.counts.size == 0 or self.counts.min() < 1 or self.counts.sum() != self.items.size:
+            raise DataError(
+                "expected clients with one item or more each, got "
+                f"clients={self.counts.size} items={self.items.size}; leave empty clients out"
+            )
+
+    def __len__(self) -> int:
+        return int(self.counts.size)
+
+    @classmethod
+    def of(cls, split: Split) -> Clients:
+        """Every user of a split, in its order.
+
+        Raises:
+            DataError: a user has no training item.
+        """
+        counts = np.bincount(split.train_users, minlength=split.n_users).astype(np.int64)
+        return cls(counts, split.train_items.astype(np.int64), split.n_items)
+
+    @cached_property
+    def first(self) -> NDArray[np.int64]:
+        """Where each client's items begin, int64 of shape (clients,)."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
+    def owners(self) -> NDArray[np.int64]:
+        """Whose each item is, int64 of shape (positives,)."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    def chosen(self, rows: NDArray[np.int64]) -> Clients:
+        """These clients, in this order; a row may come more than once."""
+        counts = self.counts[rows]
+        start = np.repeat(self.first[rows] - (np.cumsum(counts) - counts), counts)
+        return Clients(counts, self.items[start + np.arange(counts.sum())], self.n_items)
+
+    def dense(self) -> NDArray[np.float32]:
+        """One where a client has an item: float32 of shape (clients, n_items)."""
+        table = np.zeros((len(self), self.n_items), dtype=np.float32)
+        table[self.owners, self.items] = 1.0
+        return table
+
+    def totals(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Sum of one value a positive over those of each item: float64 of shape (n_items,)."""
+        return np.bincount(self.items, weights=values, minlength=self.n_items)
+
+
+def bootstrap(clients: Clients, count: int, keep: float, rng: np.random.Generator) -> Clients:
+    """A population of another size: clients drawn with replacement, each with some of its items.
+
+    It holds no tastes that the real population does not: what grows is the number of clients, and
+    with it the signal beside the noise.
+
+    Args:
+        keep: probability with which a drawn client keeps an item; one item always stays.
+    """
+    drawn = clients.chosen(rng.integers(len(clients), size=count))
+    lots = rng.random(drawn.items.size)
+    least = np.minimum.reduceat(lots, drawn.first)
+    kept = (lots < keep) | (lots == least[drawn.owners])
+    counts = np.bincount(drawn.owners[kept], minlength=count).astype(np.int64)
+    return Clients(counts, drawn.items[kept], drawn.n_items)
+
+
+def load_split(name: str, data_dir: Path | None) -> Split:
+    """Leave-one-out split of a dataset.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: folder with ``ml-100k/`` and ``amazon-beauty/``; the toy needs none.
+
+    Raises:
+        DataError: unknown name, or unusable files.
+    """
+    if name == "toy":
+        return split_leave_one_out(generate_marketplace(seed=0, **_TOY))
+    if name == "amazon-beauty":
+        return _load_sequences((data_dir or Path()) / _BEAUTY)
+    return split_leave_one_out(load_dataset(name, data_dir))
+
+
+def validation_split(split: Split) -> Split:
+    """The last training item of each user held out in turn; the test item is in neither part."""
+    users, items = split.train_users, split.train_items
+    counts = np.bincount(users, minlength=split.n_users)
+    held = np.append(users[1:] != users[:-1], True) & (counts[users] >= 2)
+    test = np.full(split.n_users, NO_TEST_ITEM, dtype=np.int32)
+    test[users[held]] = items[held]
+    return Split(users[~held], items[~held], test, split.n_users, split.n_items)
+
+
+def _load_sequences(file: Path) -> Split:
+    """Read ``user item item …``, a line a user in time order; of a repeated item the last counts."""
+    if not file.is_file():
+        raise DataError(
+            f"expected a file {_BEAUTY} in the data folder, got none; set SECAGG_DATA_DIR"
+        )
+    users: list[int] = []
+    items: list[int] = []
+    with file.open(encoding="ascii") as lines:
+        for user, line in enumerate(lines):
+            latest_first = list(dict.fromkeys(reversed(line.split()[1:])))
+            users += [user] * len(latest_first)
+            items += [int(item) for item in reversed(latest_first)]
+    known, codes = np.unique(np.asarray(items, dtype=np.int64), return_inverse=True)
+    owner, item = np.asarray(users, dtype=np.int32), codes.astype(np.int32)
+    held = np.append(owner[1:] != owner[:-1], True)
+    test = np.full(int(owner[-1]) + 1, NO_TEST_ITEM, dtype=np.int32)
+    test[owner[held]] = item[held]
+    return Split(owner[~held], item[~held], test, test.size, known.size)

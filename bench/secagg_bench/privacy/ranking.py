@@ -1,0 +1,87 @@
+"""How good recommendations are for each user, and how sure a mean over users and seeds is.
+
+The client library's protocols (99 sampled negatives, and the whole catalogue), by user: intervals
+and differences between methods need that. Read `federated` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from secagg_client.evaluation import CUTOFF, Evaluator, ScoresFn
+
+__all__ = ["METRICS", "Interval", "UserEvaluator", "interval"]
+
+METRICS: Final = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
+"""Names of the rows of what `UserEvaluator.by_user` returns."""
+
+_RESAMPLES = 1000
+_CHUNK = 50  # resamples at a time
+
+
+class UserEvaluator(Evaluator):
+    """Metrics of every user that has a test item, instead of their means."""
+
+    def by_user(self, scores: ScoresFn) -> NDArray[np.float64]:
+        """Float64 of shape (metrics, users).
+
+        Raises:
+            DataError: scores have another shape than ``(users, n_items)`` or are not finite.
+        """
+        parts = []
+        for chunk in self._chunks:
+            values = self._checked(scores(chunk.users), chunk.users.size)
+            sampled = chunk.sampled_ranks(values).reshape(chunk.users.size, -1)
+            full = chunk.full_ranks(values)[:, None]
+            parts.append([gain(ranks).mean(axis=1) for ranks in (sampled, full) for gain in _GAINS])
+        return np.concatenate([np.asarray(part) for part in parts], axis=1)
+
+
+def _hit(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    return (ranks < CUTOFF).astype(np.float64)
+
+
+def _discounted(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.where(ranks < CUTOFF, 1.0 / np.log2(ranks + 2.0), 0.0)
+
+
+_GAINS = (_hit, _discounted)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with 95 % confidence.
+
+    Attributes:
+        low, high: percentiles of a bootstrap over users and seeds, both drawn anew (the pigeonhole
+            bootstrap: Owen 2007, "The pigeonhole bootstrap").
+        seed_half_width: of Student's interval over the seeds' means alone; nan for one seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seed_half_width: float
+
+
+def interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
+    """Interval of the mean of values of shape (seeds, users)."""
+    seeds, users = values.shape
+    rng = np.random.default_rng(seed)
+    means: list[NDArray[np.float64]] = []
+    for _ in range(0, _RESAMPLES, _CHUNK):
+        picks = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=_CHUNK) / seeds
+        # Poisson weights are a multinomial's to within 1/sqrt(users), and much faster.
+        weights = rng.poisson(1.0, size=(_CHUNK, users)).astype(np.float64)
+        means.append(np.einsum("bs,su,bu->b", picks, values, weights, optimize=True) / weights.sum(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    half = float("nan")
+    if seeds > 1:
+        error = values.mean(axis=1).std(ddof=1) / np.sqrt(seeds)
+        half = float(stats.t.ppf(0.975, seeds - 1) * error)
+    return Interval(float(values.mean()), float(low), float(high), half)
