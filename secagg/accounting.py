@@ -35,6 +35,8 @@ from fractions import Fraction
 from functools import lru_cache
 from types import ModuleType
 
+import numpy as np
+
 from secagg.errors import ConfigurationError
 
 __all__ = [
@@ -60,7 +62,7 @@ _ROUNDING = 1e-9
 
 # Stop refining a PLD when a step four times as fine changes epsilon by less than this part: the
 # error falls with the square of the step, so that a fifteenth of it is left.
-_REFINED = 0.01
+_REFINED = 0.015
 _COARSEST_STEP = 0.05
 _FINEST_STEP = 5e-6
 
@@ -147,10 +149,7 @@ def spent(rho: float, delta: float) -> float:
     _check_delta(delta)
     if rho == 0.0 or math.isinf(rho):
         return rho
-    dp = _dp_accounting()
-    accountant = dp.rdp.RdpAccountant(_orders())
-    accountant.compose(dp.ZCDpEvent(rho))
-    return float(accountant.get_epsilon(delta))
+    return _epsilon_and_order(rho, delta)[0]
 
 
 @lru_cache(maxsize=256)
@@ -164,18 +163,28 @@ def affordable(epsilon: float, delta: float) -> float:
     """
     _check_epsilon(epsilon)
     _check_delta(delta)
-    low = 1.0
-    while spent(low, delta) > epsilon:
+    # Bun, Steinke 2016, Proposition 1.3, solved for rho: a little less than there is.
+    root = math.sqrt(-math.log(delta))
+    low, high = (epsilon / (math.sqrt(root * root + epsilon) + root)) ** 2, math.inf
+    level, order = _epsilon_and_order(low, delta)
+    while level > epsilon:
         low /= 2
         if low < 1e-30:
             return 0.0
-    high = 2 * low
-    while spent(high, delta) <= epsilon:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * low:
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle, delta) <= epsilon else (low, middle)
-    return low
+        level, order = _epsilon_and_order(low, delta)
+    while True:
+        # Epsilon is the least of many lines in rho, whose slopes are the orders: the line that is
+        # least here lies above the others' least everywhere, so that a step along it falls short.
+        middle = low + (1 - 1e-13) * (epsilon - level) / order
+        if middle >= high:  # only from where epsilon is 0 and no line is
+            middle = (low + high) / 2
+        if middle - low <= 1e-12 * low:
+            return low
+        found, slope = _epsilon_and_order(middle, delta)
+        if found <= epsilon:
+            low, level, order = middle, found, slope
+        else:
+            high = middle
 
 
 def releases_within(rho_each: float, epsilon: float, delta: float) -> int:
@@ -258,10 +267,14 @@ def example_level_noise(epsilon: float, delta: float, sampling_rate: float, step
     def level(noise: float) -> float:
         nonlocal step
         found, finest = _example_level(noise, sampling_rate, steps, delta, step)
-        step = min(step, 4 * finest)  # the next noise is close by, and will need no coarser one
+        step = min(_COARSEST_STEP, 16 * finest)  # the next noise is close by
         return found
 
-    return _least(level, epsilon)
+    noise = _least(level, epsilon)
+    # What people will check it with may have stopped at a coarser step.
+    while example_level(noise, sampling_rate, steps, delta) > epsilon:
+        noise = _next(noise, 1)
+    return noise
 
 
 def _example_level(
@@ -270,7 +283,8 @@ def _example_level(
     """Epsilon, and the discretisation step that was fine enough for it."""
     dp = _dp_accounting()
     if rate == 1.0:
-        return float(dp.get_epsilon_gaussian(noise / math.sqrt(steps), delta)), step
+        with np.errstate(divide="ignore"):  # a delta too small for a float is none
+            return float(dp.get_epsilon_gaussian(noise / math.sqrt(steps), delta)), step
     event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
     best = math.inf
     while True:
@@ -308,11 +322,11 @@ def _least(level: Callable[[float], float], epsilon: float) -> float:
         above = level(low)
     high = _round_up(high, 4)
     rounds = 0
-    while low < _next_down(high):
+    while low < _next(high, -1):
         rounds += 1
         way = (_log(above) - _log(epsilon)) / (_log(above) - _log(below))
         guess = low * (high / low) ** (way if rounds % 3 else 0.5)
-        guess = min(_round_up(guess, 4), _next_down(high))
+        guess = min(_round_up(guess, 4), _next(high, -1))
         found = level(guess)
         if found <= epsilon:
             high, below = guess, found
@@ -325,10 +339,18 @@ def _log(epsilon: float) -> float:
     return math.log(min(max(epsilon, 1e-300), 1e300))
 
 
-def _next_down(value: float) -> float:
-    """The largest number of 4 significant digits below one of 4 significant digits."""
+def _next(value: float, direction: int) -> float:
+    """The number of 4 significant digits that follows one of 4 significant digits."""
     exact = Decimal(repr(value))
-    return float(exact - Decimal((0, (1,), exact.adjusted() - 3)))
+    return float(exact + direction * Decimal((0, (1,), exact.adjusted() - 3)))
+
+
+def _epsilon_and_order(rho: float, delta: float) -> tuple[float, float]:
+    dp = _dp_accounting()
+    accountant = dp.rdp.RdpAccountant(_orders())
+    accountant.compose(dp.ZCDpEvent(rho))
+    epsilon, order = accountant.get_epsilon_and_optimal_order(delta)
+    return float(epsilon), float(order)
 
 
 def _dp_accounting() -> ModuleType:

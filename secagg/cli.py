@@ -6,17 +6,29 @@ import the packages that build on it.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
 
-from secagg import audit_commands, provisioning_commands
+from secagg import audit_commands, privacy_commands, provisioning_commands
+from secagg.accounting import Budget, noise_multiplier_for
 from secagg.commands import OutputFormat, exits_cleanly, print_json, print_table, version
-from secagg.errors import SecaggError
-from secagg.parameters import MIN_COHORT, MODULUS, RING_DEGREE, SECURITY_BITS, NormCheck, Plan
-from secagg.planner import FAILURE_BITS, explain, plan_tensors
+from secagg.errors import ConfigurationError, SecaggError
+from secagg.parameters import (
+    MIN_COHORT,
+    MODULUS,
+    RING_DEGREE,
+    SECURITY_BITS,
+    FloatSegment,
+    NormCheck,
+    Plan,
+    Privacy,
+)
+from secagg.planner import FAILURE_BITS, Fact, explain, mean_noise, plan_tensors
+from secagg.privacy import release_rho
 from secagg.sketch_shape import sketch_bytes
 
 __all__ = ["app"]
@@ -24,6 +36,13 @@ __all__ = ["app"]
 app = typer.Typer(help="Secure aggregation for federated recommenders.", no_args_is_help=True)
 app.add_typer(audit_commands.app, name="audit")
 app.add_typer(provisioning_commands.app, name="provision")
+app.command("privacy")(privacy_commands.privacy)
+
+
+class _Mode(StrEnum):
+    release = "release"
+    distributed = "distributed"
+    local = "local"
 
 
 @app.callback()
@@ -49,9 +68,31 @@ def plan_command(
     norm_check: Annotated[
         bool, typer.Option(help="leave room for the encrypted norm check")
     ] = True,
+    privacy: Annotated[
+        _Mode | None, typer.Option(help="who adds noise: key holder, clients in shares, or each")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="privacy budget of the task")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="of the budget; well below 1 over the clients")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="releases that the budget must have room for")] = 1,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="std over sensitivity; else as small as rounds allow")
+    ] = None,
+    honest_clients: Annotated[
+        int, typer.Option(help="clients trusted to add their share of distributed noise; 0: usual")
+    ] = 0,
     format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
 ) -> None:
-    """Plan an exact sum and explain it line by line, or say why there is none."""
+    """Plan a sum and explain it line by line, or say why there is none."""
+    wanted = None
+    if privacy is not None:
+        wanted = _privacy(privacy, epsilon, delta, rounds, noise_multiplier, honest_clients)
+    elif epsilon is not None or delta is not None or noise_multiplier is not None:
+        raise ConfigurationError(
+            "expected --privacy with a budget; got a budget alone; add --privacy release, "
+            "distributed or local"
+        )
     plan = plan_tensors(
         parameters,
         max_clients=clients,
@@ -61,15 +102,74 @@ def plan_command(
         weighting="equal" if weight_cap is None else "samples",
         weight_cap=1 if weight_cap is None else weight_cap,
         norm_check=NormCheck() if norm_check else None,
+        privacy=wanted,
     )
+    cost = None if plan.privacy is None else _Cost.of(plan, plan.privacy, rounds)
     if format_ is OutputFormat.json:
-        print_json(_facts(plan, parameters))
+        print_json(_facts(plan, parameters, cost))
         return
-    rows = [(fact.topic, fact.value, fact.reason) for fact in explain(plan)]
-    print_table(("what", "value", "why"), rows)
+    found = explain(plan) + (cost.facts() if cost else [])
+    print_table(("what", "value", "why"), [(fact.topic, fact.value, fact.reason) for fact in found])
 
 
-def _facts(plan: Plan, parameters: int) -> dict[str, object]:
+def _privacy(
+    mode: _Mode,
+    epsilon: float | None,
+    delta: float | None,
+    rounds: int,
+    noise_multiplier: float | None,
+    honest_clients: int,
+) -> Privacy:
+    if epsilon is None or delta is None:
+        raise ConfigurationError(
+            f"expected a budget with --privacy: --epsilon and --delta; got {epsilon=}, {delta=}; "
+            "give both, such as --epsilon 8 --delta 1e-5"
+        )
+    least = noise_multiplier_for(epsilon, delta, rounds)
+    noise = least if noise_multiplier is None else noise_multiplier
+    return Privacy(mode.value, noise, epsilon, delta, honest_clients)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a plan's releases cost in privacy.
+
+    Attributes:
+        spent: epsilon of all rounds.
+        fit: releases that the budget has room for.
+    """
+
+    privacy: Privacy
+    rounds: int
+    rho: float
+    spent: float
+    fit: int
+
+    @classmethod
+    def of(cls, plan: Plan, privacy: Privacy, rounds: int) -> _Cost:
+        """Of so many rounds.
+
+        Raises:
+            ConfigurationError: they do not fit into the budget; says what would.
+        """
+        budget, rho = Budget(privacy.epsilon, privacy.delta), release_rho(plan)
+        budget.check(rho, rounds)
+        fit = budget.left(0.0, rho)
+        return cls(privacy, rounds, rho, budget.spent(rounds * rho), fit)
+
+    def facts(self) -> list[Fact]:
+        """For people."""
+        return [
+            Fact(
+                "releases",
+                f"epsilon {self.spent:.4g} after {self.rounds}",
+                f"the budget has room for {self.fit}",
+            )
+        ]
+
+
+def _facts(plan: Plan, parameters: int, cost: _Cost | None) -> dict[str, object]:
+    found = explain(plan) + (cost.facts() if cost else [])
     return {
         "plan_digest": plan.digest.hex(),
         "ring_degree": RING_DEGREE,
@@ -85,7 +185,22 @@ def _facts(plan: Plan, parameters: int) -> dict[str, object]:
         "bytes_per_parameter": plan.payload_bytes / parameters,
         "norm_check": None if plan.norm_check is None else asdict(plan.norm_check),
         "sketch_bytes": sketch_bytes(plan, direction=True),
-        "explanation": [asdict(fact) for fact in explain(plan)],
+        "privacy": _privacy_facts(plan, cost) if cost else None,
+        "explanation": [asdict(fact) for fact in found],
+    }
+
+
+def _privacy_facts(plan: Plan, cost: _Cost) -> dict[str, object]:
+    clip = next(s.clip for s in plan.segments if isinstance(s, FloatSegment))
+    noise = mean_noise(plan, 0, plan.max_clients)
+    return asdict(cost.privacy) | {
+        "rounds": cost.rounds,
+        "noise_std_steps": plan.noise_stds[0],
+        "mean_noise_std": noise,
+        "mean_noise_relative": noise / clip,
+        "rho_per_release": cost.rho,
+        "epsilon_spent": cost.spent,
+        "releases_within_budget": cost.fit,
     }
 
 

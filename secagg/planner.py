@@ -54,7 +54,7 @@ from secagg.parameters import (
     Weighting,
     check_ring,
 )
-from secagg.privacy import multipliers, noise_norm, share_std
+from secagg.privacy import multipliers, noise_norm, release_rho, share_std
 from secagg.sampling import CBD_BITS, ERROR_STD
 from secagg.sketch_shape import (
     SKETCH_SIGMAS,
@@ -64,7 +64,15 @@ from secagg.sketch_shape import (
     sketch_bytes,
 )
 
-__all__ = ["FAILURE_BITS", "Fact", "explain", "make_plan", "plan_integers", "plan_tensors"]
+__all__ = [
+    "FAILURE_BITS",
+    "Fact",
+    "explain",
+    "make_plan",
+    "mean_noise",
+    "plan_integers",
+    "plan_tensors",
+]
 
 FAILURE_BITS = 40
 """An honest sum is refused for noise with probability below 2**-40."""
@@ -446,6 +454,16 @@ def explain(plan: Plan) -> list[Fact]:
         rows += _explain_segment(segment, layout)
     if plan.norm_check is not None:
         rows.append(_explain_check(plan, plan.norm_check))
+    if plan.privacy is not None:
+        rows += _explain_privacy(plan, plan.privacy)
+    if plan.threshold is not None:
+        rows.append(
+            Fact(
+                "threshold",
+                f"rows of {plan.threshold.least} contributors or more",
+                "the key holder zeroes all others, and never tells the counts",
+            )
+        )
     rows += [
         Fact("ciphertexts", f"{plan.blocks} polynomials", "one each: the other half is public"),
         Fact(
@@ -467,6 +485,59 @@ def _explain_check(plan: Plan, check: NormCheck) -> Fact:
         f"{size} bytes a client from server to key holder; {check.tolerated} client(s) that get "
         "past it cannot stop a round",
     )
+
+
+def _explain_privacy(plan: Plan, privacy: Privacy) -> list[Fact]:
+    rho = release_rho(plan)
+    who = {
+        "release": "added by the key holder",
+        "distributed": f"the noise of any {privacy.honest_clients} clients suffices",
+        "local": "the noise of each client suffices",
+    }
+    rows = [
+        Fact(
+            "privacy",
+            f"{privacy.mode}, noise multiplier {privacy.noise_multiplier:g}",
+            f"{who[privacy.mode]}; a release costs each client {rho:.4g}-zCDP",
+        ),
+        Fact(
+            "budget",
+            f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}",
+            "what all releases may cost, where a client's contributions could be zeros instead",
+        ),
+    ]
+    for index, segment in enumerate(plan.segments):
+        std = mean_noise(plan, index, plan.max_clients)
+        from_each = "from each client" if privacy.by_clients else "in the sum"
+        if isinstance(segment, FloatSegment):
+            norm = std * math.sqrt(segment.values) / segment.clip
+            mean = f"{std:.3g} in model units, {norm:.3g} clip norms over the whole update"
+        else:
+            mean = f"{std:.3g}"
+        rows.append(
+            Fact(
+                f"{segment.name}: privacy",
+                f"std {plan.noise_stds[index]} steps a value {from_each}",
+                f"in the mean of {plan.max_clients}: {mean}",
+            )
+        )
+    return rows
+
+
+def mean_noise(plan: Plan, index: int, clients: int) -> float:
+    """Standard deviation of the privacy noise of one value, in the mean over so many clients.
+
+    In model units, or in whole numbers for a segment of integers; 0 without privacy.
+
+    Args:
+        index: of the segment.
+    """
+    if plan.privacy is None:
+        return 0.0
+    segment, std = plan.segments[index], float(plan.noise_stds[index])
+    if plan.privacy.by_clients:
+        std *= math.sqrt(clients)
+    return std * (segment.step if isinstance(segment, FloatSegment) else 1.0) / clients
 
 
 def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:

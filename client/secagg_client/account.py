@@ -21,8 +21,8 @@ _WORDS = {
     Fate.MISSED: "too late",
 }
 _LEGEND = (
-    "Spent: how much what was released may tell about this client's data, as epsilon; 0 is nothing, "
-    "1 little, above 10 much. At most: the same if the server kept what it said it left out; budgets "
+    "Spent: what the releases may tell about this client's data, as epsilon; 0 is nothing, 1 "
+    "little, above 10 much. At most: the same if the server used what it said it left out; budgets "
     "are held against this. No bound: the task adds no noise, and nothing limits what it tells."
 )
 

@@ -151,7 +151,7 @@ def withdraw(settings: ClientSettings) -> None:
         out.print("nothing to withdraw: this client has sent nothing")
     else:
         where = f"round {taken.round_number}, attempt {taken.attempt}"
-        out.print(f"withdrawn from {where}: the server has erased it", highlight=False)
+        out.print(f"withdrawn from {where}: the server says it is erased", highlight=False)
 
 
 @app.command("prepare")

@@ -1,8 +1,8 @@
 """What this client has contributed and what that cost in privacy, on its own disk before it leaves.
 
-One file of lines, each a JSON object, that only grows: a line before the first byte of an upload is
-sent, and one when it is known what became of it. What a crash cuts off is the last line, of something
-that was not sent; it is dropped by the next one that is written.
+One file of lines, each a JSON object, that only grows: a line before the first byte of an upload
+is sent, and one when it is known what became of it. What a crash cuts off is the last line, and
+nothing was sent on its account; it is dropped by the next one that is written.
 
 Every attempt at a round is an entry of its own, and a round counts once: the key holder opens one
 sum of a round, however often it is attempted, and losses of zCDP add up over rounds. There are two
@@ -34,8 +34,8 @@ import structlog
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ClosedError, ConfigurationError, PrivacyError
 from secagg.parameters import FloatSegment, Plan
-from secagg.private_files import flush, make_folder
 from secagg.privacy import release_rho
+from secagg.private_files import flush, make_folder
 
 __all__ = ["Account", "Entry", "Fate", "Ledger", "Limits"]
 
@@ -62,8 +62,8 @@ class Limits:
     """What a user allows, beyond what a task's plan does.
 
     Attributes:
-        max_epsilon: refuse to spend more in any one task, at the delta of its budget; with it, tasks
-            without privacy are refused.
+        max_epsilon: refuse to spend more in any one task, at the delta of its budget; with it,
+            tasks without privacy are refused.
         require_privacy: refuse tasks without privacy.
     """
 
@@ -107,8 +107,8 @@ class Entry:
             name.round_number,
             name.attempt,
             datetime.now(UTC).isoformat(timespec="seconds"),
-            update and update.clip,
-            update and update.bits,
+            update.clip if update else None,
+            update.bits if update else None,
             _fields(plan),
             release_rho(plan) if plan.privacy else None,
         )
@@ -192,16 +192,13 @@ class Ledger:
         if plan.privacy is None:
             if limits.require_privacy or limits.max_epsilon is not None:
                 raise PrivacyError(
-                    "expected a task with privacy, as your settings ask for; this one adds no noise "
-                    "and has no bound; nothing was sent; leave it, or drop require_privacy and "
-                    "max_epsilon"
+                    "expected a task with privacy, as your settings ask for; this one adds no "
+                    "noise and has no bound; nothing was sent; leave it, or drop require_privacy "
+                    "and max_epsilon"
                 )
             return
-        number = context.id.round_number
-        others = _rho(entry for entry in past if entry.round_number != number and not entry.certain)
-        this = [entry.rho for entry in past if entry.round_number == number and not entry.certain]
-        rho = others + max(release_rho(plan), *(r or math.inf for r in this))
-        would = _epsilon(rho, plan.privacy.delta)
+        counted = [entry for entry in past if not entry.certain]
+        would = _epsilon(_rho([*counted, Entry.of(context)]), plan.privacy.delta)
         for what, allowed in (
             ("the task's budget", plan.privacy.epsilon),
             ("your max_epsilon", limits.max_epsilon),
@@ -292,7 +289,7 @@ class Ledger:
             return self._memory
         try:
             return self._file.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
             raise ConfigurationError(

@@ -22,6 +22,7 @@ from secagg.rpc.workers import Workers
 from secagg.settings import only_process
 from secagg.wire.v1 import key_holder_service_pb2, key_holder_service_pb2_grpc
 from secagg_keyholder.config import KeyHolderSettings, Opened
+from secagg_keyholder.database import LEDGER
 from secagg_keyholder.ledger import Ledger
 from secagg_keyholder.rounds import Rounds
 from secagg_keyholder.service import KeyHolderService
@@ -51,11 +52,11 @@ async def _serve(settings: KeyHolderSettings, opened: Opened) -> None:
         write(settings.state_dir / "passphrase", opened.passphrase.encode())
         _LOG.warning("insecure", why="plaintext on loopback: anybody on this machine may call")
     audit_key = load_audit_key(settings.state_dir / "audit.key")
-    ledger = Ledger(settings.state_dir / "ledger.sqlite3", audit_key)
+    ledger = Ledger(settings.state_dir / LEDGER, audit_key)
     keys = RoundKeys(settings.round_keys, opened.passphrase)
     workers = Workers(settings.workers)
     await asyncio.to_thread(workers.warm)
-    rounds = Rounds(ledger, keys, opened.identity, opened.roster, settings.policy, workers.run)
+    rounds = Rounds(ledger, keys, opened.identity, opened.roster, opened.policy, workers.run)
     rounds.recover()
     gatekeeper = Gatekeeper(
         {_SERVICE: {Role.SERVER}},

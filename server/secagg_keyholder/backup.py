@@ -8,11 +8,9 @@ from pathlib import Path
 
 from secagg.errors import ConfigurationError, UnavailableError
 from secagg.private_files import write
-from secagg_keyholder.database import Database, as_error, utc_now
+from secagg_keyholder.database import LEDGER, Database, as_error, of_state, utc_now
 
 __all__ = ["backup_ledger", "clear_backup", "is_backup", "restore_ledger", "write_backup"]
-
-_LEDGER = "ledger.sqlite3"
 
 
 def write_backup(database: Database, target: Path) -> None:
@@ -50,13 +48,7 @@ def backup_ledger(state_dir: Path, target: Path) -> None:
     Raises:
         ConfigurationError: there is no ledger, too.
     """
-    path = state_dir / _LEDGER
-    if not path.exists():
-        raise ConfigurationError(
-            f"expected a key holder's state_dir; {str(state_dir)!r} has no ledger; pass the one "
-            "that it runs with"
-        )
-    with closing(Database(path)) as database:
+    with closing(of_state(state_dir)) as database:
         write_backup(database, target)
 
 
@@ -78,9 +70,9 @@ def restore_ledger(backup: Path, state_dir: Path) -> None:
     Raises:
         ConfigurationError: there is a ledger already, or the file is not a backup.
     """
-    target = state_dir / _LEDGER
+    target = state_dir / LEDGER
     # What SQLite left beside a ledger would be taken for a part of the one put in its place.
-    if any(state_dir.glob(f"{_LEDGER}*")):
+    if any(state_dir.glob(f"{LEDGER}*")):
         raise ConfigurationError(
             f"expected a state_dir without a ledger; {str(state_dir)!r} has one, which knows more "
             "than any backup; move it away only if it is damaged"

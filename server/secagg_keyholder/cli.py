@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from secagg import logs
-from secagg.commands import exits_cleanly, out, version
+from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_table, version
 from secagg.options import with_settings
 from secagg.rpc.lifecycle import check_health
+from secagg_keyholder.accounts import Account, accounts
 from secagg_keyholder.app import run as run_key_holder
 from secagg_keyholder.backup import backup_ledger, restore_ledger
 from secagg_keyholder.config import KeyHolderSettings
@@ -62,6 +64,24 @@ def health(settings: KeyHolderSettings) -> None:
 @app.command()
 @exits_cleanly
 @with_settings(KeyHolderSettings, ["state_dir"])
+def budget(
+    settings: KeyHolderSettings,
+    format_: Annotated[
+        OutputFormat, typer.Option("--format", help="table or json")
+    ] = OutputFormat.table,
+) -> None:
+    """Show what each task has spent of its privacy budget, by the ledger; running or not."""
+    found = accounts(settings.state_dir)
+    if format_ is OutputFormat.json:
+        print_json([_plain(each) for each in found])
+        return
+    print_table(_COLUMNS, [_row(each) for each in found])
+    out.print(_LEGEND, highlight=False)
+
+
+@app.command()
+@exits_cleanly
+@with_settings(KeyHolderSettings, ["state_dir"])
 def backup(
     settings: KeyHolderSettings,
     file: Annotated[Path, typer.Argument(help="file to write; must not exist")],
@@ -81,6 +101,42 @@ def restore(
     """Put a backup in the place of a lost state_dir. Rounds it believes open are abandoned."""
     restore_ledger(file, settings.state_dir)
     out.print(f"restored into {settings.state_dir}; every open round will be attempted again")
+
+
+_COLUMNS = ("task", "noise", "multiplier", "releases", "epsilon spent", "of", "at delta", "left")
+_LEGEND = (
+    "Releases: sums that left, and rounds passed over, which count as released. Left: how many "
+    "more will leave at all."
+)
+
+
+def _row(found: Account) -> tuple[object, ...]:
+    privacy, counted = found.privacy, found.releases + found.passed_over
+    if privacy is None:
+        return (found.task_id, "exact sums", "-", counted, "no bound", "-", "-", "no bound")
+    return (
+        found.task_id,
+        privacy.mode,
+        f"{privacy.noise_multiplier:g}",
+        counted,
+        f"{found.epsilon:.4g}",
+        f"{privacy.epsilon:g}",
+        f"{privacy.delta:g}",
+        found.left,
+    )
+
+
+def _plain(found: Account) -> dict[str, object]:
+    """An account for programs; null where there is no bound."""
+    return {
+        "task": found.task_id,
+        "privacy": asdict(found.privacy) if found.privacy else None,
+        "releases": found.releases,
+        "passed_over": found.passed_over,
+        "rho_spent": found.rho if found.privacy else None,
+        "epsilon_spent": found.epsilon if found.privacy else None,
+        "releases_left": found.left,
+    }
 
 
 if __name__ == "__main__":

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from secagg.accounting import Budget
 from secagg.certificates import Kit, Role
 from secagg.custodians import fresh_passphrase
 from secagg.enrolment import EnrolmentFile, OpenEnrolment, Roster
 from secagg.errors import ConfigurationError
-from secagg.parameters import MIN_COHORT
+from secagg.parameters import MAX_COHORT, MIN_COHORT
 from secagg.receipts import SigningKey
 from secagg.rpc.channels import check_address
 from secagg.rpc.lifecycle import check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
+from secagg_keyholder.database import LEDGER
 from secagg_keyholder.database import check as check_ledger
-from secagg_keyholder.rounds import DEFAULT_ATTEMPTS, Policy
+from secagg_keyholder.policy import DEFAULT_ATTEMPTS, Policy
 from secagg_keyholder.vault import load_identity, unsealing_passphrase
 
 __all__ = ["KeyHolderSettings", "Opened"]
 
 
 class KeyHolderSettings(Settings):
-    """What `secagg-keyholder run` needs; each field has a flag and a SECAGG_KEYHOLDER_ variable."""
+    """What `secagg-keyholder run` needs; each field has a flag and a SECAGG_KEYHOLDER_ variable.
+
+    What begins with ``release_`` is what this key holder agrees to release, whatever the server
+    asks (`Policy`): in the file, a table ``[release]``, whose keys go without that beginning.
+    """
 
     env_prefix: ClassVar[str] = "SECAGG_KEYHOLDER_"
 
@@ -41,16 +47,39 @@ class KeyHolderSettings(Settings):
     round_key_dir: Path | None = Field(
         None, description="open rounds' keys; never in a backup; in state_dir when not given"
     )
-    min_clients: int = Field(
+    release_min_clients: int = Field(
         MIN_COHORT, ge=MIN_COHORT, description="smallest cohort that is ever opened here"
     )
-    attempts_per_model: int = Field(
+    release_attempts_per_model: int = Field(
         DEFAULT_ATTEMPTS, ge=1, description="attempts at rounds that start from the same model"
+    )
+    release_require_privacy: bool = Field(False, description="refuse plans without privacy")
+    release_max_epsilon: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="largest privacy budget of a task"
+    )
+    release_max_delta: float | None = Field(
+        None, gt=0, lt=1, description="at this delta, or a smaller one"
+    )
+    release_min_row_contributors: int | None = Field(
+        None, ge=2, le=MAX_COHORT, description="refuse plans with item rows of fewer contributors"
     )
     workers: int = Field(1, ge=1, le=64, description="processes that decrypt")
     max_in_flight: int = Field(64, ge=1, description="calls that are worked on at once")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     ready_file: Path | None = Field(None, description="written once the key holder listens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """One name for a setting in file, environment and flags; the file's table comes last."""
+        table = values.get("release", {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(
+                "expected a table [release]; got another value of that name; name one of its "
+                "settings, such as release_min_clients"
+            )
+        others = {key: value for key, value in values.items() if key != "release"}
+        return {f"release_{key}": value for key, value in table.items()} | others
 
     @field_validator("share_files", mode="before")
     @classmethod
@@ -65,8 +94,24 @@ class KeyHolderSettings(Settings):
 
     @property
     def policy(self) -> Policy:
-        """What this key holder agrees to."""
-        return Policy(self.min_clients, self.attempts_per_model)
+        """What this key holder agrees to release.
+
+        Raises:
+            ConfigurationError: an epsilon without a delta, or the other way round.
+        """
+        epsilon, delta = self.release_max_epsilon, self.release_max_delta
+        if (epsilon is None) != (delta is None):
+            raise ConfigurationError(
+                "expected release_max_epsilon and release_max_delta together: neither bounds "
+                f"anything alone; got {epsilon=}, {delta=}; add the other, such as a delta of 1e-6"
+            )
+        return Policy(
+            self.release_min_clients,
+            self.release_attempts_per_model,
+            self.release_require_privacy,
+            None if epsilon is None or delta is None else Budget(epsilon, delta),
+            self.release_min_row_contributors,
+        )
 
     def dialled(self) -> tuple[str, Kit | None]:
         """Address and kit with which the running key holder can be asked for its health."""
@@ -77,9 +122,11 @@ class KeyHolderSettings(Settings):
         """Read and check everything the settings name, changing nothing.
 
         Raises:
-            ConfigurationError: an address, folder or passphrase that cannot be used.
+            ConfigurationError: an address, folder or passphrase that cannot be used; or what can
+                never be released, see :attr:`policy`.
             IdentityError: a kit that cannot be used; says which file and why.
         """
+        policy = self.policy
         check_ready_file(self.ready_file)
         one_transport(self.kit, self.insecure)
         check_address(self.listen, encrypted=self.kit is not None)
@@ -87,7 +134,7 @@ class KeyHolderSettings(Settings):
         check_writable(self.round_keys, "round_key_dir")
         if self.kit is None:
             passphrase = _kept_passphrase(self.state_dir)
-            return Opened(None, SigningKey.generate(), passphrase, OpenEnrolment())
+            return Opened(None, SigningKey.generate(), passphrase, OpenEnrolment(), policy)
         kit = Kit.load(self.kit, Role.KEY_HOLDER)
         passphrase = unsealing_passphrase(
             passphrase=self.passphrase,
@@ -101,7 +148,7 @@ class KeyHolderSettings(Settings):
                 "expected an identity.key that the enrolment names; it names others, so clients "
                 "would trust no round; use the identity.key and enrolment.json of one kit"
             )
-        return Opened(kit, identity, passphrase, roster)
+        return Opened(kit, identity, passphrase, roster, policy)
 
     def check(self) -> None:
         """What `opened` checks, and that the ledger is one of this version.
@@ -110,7 +157,7 @@ class KeyHolderSettings(Settings):
             ConfigurationError, IdentityError: see :meth:`opened`.
         """
         self.opened()
-        check_ledger(self.state_dir / "ledger.sqlite3")
+        check_ledger(self.state_dir / LEDGER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +169,14 @@ class Opened:
         identity: signs round keys.
         passphrase: seals what is at rest.
         roster: who may take part.
+        policy: what may be released.
     """
 
     kit: Kit | None
     identity: SigningKey
     passphrase: str
     roster: Roster
+    policy: Policy
 
     def __repr__(self) -> str:
         return "Opened(OMITTED)"

@@ -17,7 +17,10 @@ from secagg.errors import ConfigurationError, SecaggError, UnavailableError
 from secagg.private_files import flush, make_folder
 from secagg_keyholder.schema import MIGRATIONS
 
-__all__ = ["Database", "as_error", "check", "utc_now"]
+__all__ = ["LEDGER", "Database", "as_error", "check", "of_state", "utc_now"]
+
+LEDGER = "ledger.sqlite3"
+"""The ledger's file in a key holder's state directory."""
 
 _BUSY_SECONDS = 10.0
 
@@ -153,6 +156,21 @@ def _connected(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def of_state(state_dir: Path) -> Database:
+    """The ledger of a state directory, in use or not.
+
+    Raises:
+        ConfigurationError: there is none; or see `Database`.
+    """
+    path = state_dir / LEDGER
+    if not path.exists():
+        raise ConfigurationError(
+            f"expected a key holder's state_dir; {str(state_dir)!r} has no ledger; pass the one "
+            "that it runs with"
+        )
+    return Database(path)
 
 
 def check(path: Path) -> None:

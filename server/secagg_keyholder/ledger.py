@@ -1,5 +1,7 @@
 """What the key holder must never forget: which rounds it opened, what it judged, what it released.
 
+And what that has cost in privacy: see `accounts`.
+
 One SQLite file. Every method is one transaction, on the disk before it returns, and every change
 appends its entry to the audit log in that same transaction. Nothing in here opens a seed: the
 round keys lie elsewhere (`vault`), and seals are removed when their round ends.
@@ -10,11 +12,13 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
+from secagg.audit import Detail
 from secagg.context import NO_MODEL, ContextId, RoundContext
 from secagg.errors import ClosedError, DuplicateError
 from secagg.failpoints import failpoint
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import exact
+from secagg_keyholder.accounts import Account, account, admit
 from secagg_keyholder.backup import clear_backup, is_backup, write_backup
 from secagg_keyholder.database import Database, utc_now
 from secagg_keyholder.schema import (
@@ -79,6 +83,8 @@ class Ledger(Uploads):
             ClosedError: the task is at a later attempt, the round or a later one was released, or
                 the attempts are used up.
             DuplicateError: this attempt is recorded; see :meth:`current`.
+            ConfigurationError: the task began with another privacy.
+            BudgetError: its budget has no room for a release; see `accounts`.
         """
         name = context.id
         key = attempt_key(name)
@@ -89,19 +95,21 @@ class Ledger(Uploads):
         }
         with self._database.transaction():
             self._check_new(name, attempts_limit)
+            found = admit(self._database, context)
             closed = self._close_all("superseded", name.task_id)
             self._database.change(
                 """INSERT INTO rounds (task_id, round_number, attempt, plan_digest, model_digest,
-                    round_key_id, plan, public_key, opened_at)
-                    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                    round_key_id, plan, public_key, opened_at, rho)
+                    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                 *key,
                 *digests.values(),
                 plan_bytes,
                 context.round_key,
                 utc_now(),
+                found.rho_each if found.privacy else None,
             )
             hexes = {part: value.hex() for part, value in digests.items()}
-            self._log(key, "round-opened", **hexes)
+            self._log(key, "round-opened", **hexes, **_public(found))
         failpoint("round-recorded")
         return closed
 
@@ -223,6 +231,7 @@ class Ledger(Uploads):
 
         Raises:
             ClosedError: the round has ended in another way, or with another release.
+            BudgetError: the task's budget has no room for it.
         """
         exact("manifest", manifest, DIGEST_BYTES)
         with self._database.transaction():
@@ -232,6 +241,7 @@ class Ledger(Uploads):
                 return
             found = self._require(context)
             found.require_open()
+            self.account(context.task_id).require_room()
             self._database.change(
                 """UPDATE rounds SET manifest = ?, contributors = ?, sums = ?
                     WHERE (task_id, round_number, attempt) = (?, ?, ?)""",
@@ -247,6 +257,7 @@ class Ledger(Uploads):
                 manifest=manifest.hex(),
                 contributors=contributors,
                 sums_sha256=sha256(sums).hexdigest(),
+                **_public(self.account(context.task_id)),
             )
         failpoint("release-recorded")
 
@@ -258,6 +269,17 @@ class Ledger(Uploads):
             *self._require(context).key,
         )
         return RecordedRelease(*rows[0]) if rows else None
+
+    def account(self, task_id: str) -> Account:
+        """What a task has spent of its privacy budget.
+
+        Raises:
+            ClosedError: a task that was never seen.
+        """
+        found = account(self._database, task_id)
+        if found is None:
+            raise ClosedError("expected a task of this key holder; it has opened no round of it")
+        return found
 
     def drop_sums(self, task_id: str, before_round: int) -> None:
         """Drop the sums of a task's rounds before this one; that they were released stays known."""
@@ -286,6 +308,20 @@ class Ledger(Uploads):
     def clear_restored(self) -> None:
         """Forget that this ledger was a backup, once what follows from it was done."""
         clear_backup(self._database)
+
+
+def _public(found: Account) -> dict[str, Detail]:
+    """What the audit log has of an account: counters that everybody may know."""
+    if found.privacy is None:
+        return {}
+    return {
+        "rho": found.rho_each.hex(),
+        "rho_spent": found.rho.hex(),
+        "epsilon_spent": f"{found.epsilon:.6g}",
+        "delta": f"{found.privacy.delta:g}",
+        "passed_over": found.passed_over,
+        "releases_left": found.left,
+    }
 
 
 def _require_same(known: RecordedRelease, offered: RecordedRelease) -> None:

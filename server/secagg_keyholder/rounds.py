@@ -4,6 +4,10 @@ What it has promised outlives it: every answer is recorded in the `Ledger` befor
 private half of an open round's key lies in the `RoundKeys` folder, outside database and backups,
 until the round is released or abandoned. One round of a task is open at a time, and a released
 round is never opened again: the same inputs must not be summed twice over different cohorts.
+
+A release is recorded, with what it costs in privacy, before its first byte leaves, and reads the
+same ever after. The key holder's noise is drawn when the sum is opened: a crash between the two
+draws other noise the next time, for a release that nobody has seen.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from secagg.endorsement import Endorsement
 from secagg.enrolment import Roster
 from secagg.errors import (
     ClosedError,
-    ConfigurationError,
     DuplicateError,
     IdentityError,
     OffGridError,
@@ -30,7 +33,7 @@ from secagg.errors import (
     UploadError,
 )
 from secagg.keyholder import MAX_REFUSALS, KeyHolder
-from secagg.parameters import MIN_COHORT, Plan
+from secagg.parameters import Plan
 from secagg.receipts import SigningKey
 from secagg.sealing import RoundKeyPair
 from secagg.sketches import Sketch
@@ -47,30 +50,15 @@ from secagg.wire.codec import (
 )
 from secagg.wire.v1 import plan_pb2, round_pb2
 from secagg_keyholder.ledger import Ledger, OpenedRound, Verdict
+from secagg_keyholder.policy import DEFAULT_ATTEMPTS, Policy
 from secagg_keyholder.vault import RoundKeys
 
-__all__ = ["Policy", "ReleasedBytes", "Rounds"]
-
-DEFAULT_ATTEMPTS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What this key holder agrees to, whatever the server asks.
-
-    Attributes:
-        min_clients: the smallest cohort that is ever opened.
-        attempts_per_model: attempts at rounds that start from the same model; a server that never
-            moves on could otherwise collect the same updates again and again.
-    """
-
-    min_clients: int = MIN_COHORT
-    attempts_per_model: int = DEFAULT_ATTEMPTS
+__all__ = ["DEFAULT_ATTEMPTS", "Policy", "ReleasedBytes", "Rounds"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReleasedBytes:
-    """A release as it was recorded: little-endian int64 in the plan's order."""
+    """A release as it was recorded: little-endian int64 in the plan's order, with its noise."""
 
     sums: bytes = field(repr=False)
     contributors: int
@@ -123,16 +111,14 @@ class Rounds:
         """A round key for one attempt, endorsed; the same request gets the same key.
 
         Raises:
-            ConfigurationError: the plan's cohort is below this key holder's floor.
+            ConfigurationError: the plan breaks this key holder's policy, or has another privacy
+                than the task began with.
+            BudgetError: the task's privacy budget has no room for a release.
             ClosedError: the round, or a later attempt, has been opened or released; or the model
                 has had too many attempts.
             DuplicateError: this attempt was opened with another plan or model.
         """
-        if plan.min_clients < self._policy.min_clients:
-            raise ConfigurationError(
-                f"expected a plan of at least min_clients={self._policy.min_clients}, this key "
-                f"holder's floor; got min_clients={plan.min_clients}"
-            )
+        self._policy.check(plan)
         current = self._ledger.current(task_id)
         if current and (current.id.round_number, current.id.attempt) == (round_number, attempt):
             context = self._same(current, plan, model_digest)
@@ -259,6 +245,7 @@ class Rounds:
         """Open a sum; again with the same manifest and sum: the same bytes, ever after.
 
         Raises:
+            BudgetError: the task's privacy budget has no room for it.
             SecaggError: see `KeyHolder.release_admitted`.
         """
         self._current(context)

@@ -75,6 +75,24 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE admissions ADD COLUMN passed INTEGER",
         "ALTER TABLE rounds ADD COLUMN judged INTEGER NOT NULL DEFAULT 0",
     ),
+    # The privacy that a task began with, and what a release of each round costs; REAL is exact.
+    # Whatever was opened before there was privacy had none.
+    (
+        """CREATE TABLE tasks (
+            task_id TEXT PRIMARY KEY,
+            mode TEXT,
+            noise_multiplier REAL,
+            epsilon REAL,
+            delta REAL,
+            honest_clients INTEGER,
+            integer_share REAL,
+            CHECK (mode IS NULL OR
+                noise_multiplier + epsilon + delta + honest_clients + integer_share IS NOT NULL)
+        )""",
+        """INSERT INTO tasks (task_id)
+            SELECT task_id FROM rounds GROUP BY task_id ORDER BY min(rowid)""",
+        "ALTER TABLE rounds ADD COLUMN rho REAL",
+    ),
 )
 
 ROUNDS = """SELECT task_id, round_number, attempt, plan_digest, model_digest, round_key_id,

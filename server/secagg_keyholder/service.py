@@ -13,7 +13,7 @@ import structlog
 from secagg.context import ContextId
 from secagg.errors import ConfigurationError, MalformedError
 from secagg.noise_audit import LOW_BYTES, low_from_bytes
-from secagg.parameters import RING_DEGREE, Plan
+from secagg.parameters import BLOCK_BYTES, RING_DEGREE, Plan
 from secagg.residues import widen
 from secagg.rpc.status import translated
 from secagg.sketch_shape import sketch_bytes
@@ -123,9 +123,9 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
     ) -> AsyncIterator[pb.ReleaseResponse]:
         """See the contract."""
         name, digests, plan, data = await self._manifest_and(
-            "residues", request_iterator, lambda plan: plan.payload_bytes
+            "residues", request_iterator, lambda plan: plan.sum_blocks * BLOCK_BYTES
         )
-        residues = widen(data, plan.blocks)
+        residues = widen(data, plan.sum_blocks)
         async with self._locks[name.task_id]:
             release = await asyncio.to_thread(self._rounds.release, name, digests, residues)
         _LOG.info("round_released", round=name.round_number, contributors=release.contributors)
@@ -138,9 +138,9 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
     ) -> pb.CheckSumResponse:
         """See the contract."""
         name, digests, plan, data = await self._manifest_and(
-            "low_bits", request_iterator, _low_size
+            "low_bits", request_iterator, lambda plan: _low_size(plan.sum_blocks)
         )
-        low = low_from_bytes(plan, data)
+        low = low_from_bytes(plan, data, of_sum=True)
         async with self._locks[name.task_id]:
             await asyncio.to_thread(self._rounds.check, name, digests, low)
         return pb.CheckSumResponse()
@@ -182,7 +182,9 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         self, request_iterator: AsyncIterator[pb.AuditNoiseRequest], context: _Context
     ) -> pb.AuditNoiseResponse:
         """See the contract."""
-        name, upload, plan, data = await self._upload_and("low_bits", request_iterator, _low_size)
+        name, upload, plan, data = await self._upload_and(
+            "low_bits", request_iterator, lambda plan: _low_size(plan.blocks)
+        )
         low = low_from_bytes(plan, data)
         async with self._locks[name.task_id]:
             reason = await asyncio.to_thread(self._rounds.audit, name, upload, low)
@@ -223,8 +225,8 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         return pb.CloseRoundResponse()
 
 
-def _low_size(plan: Plan) -> int:
-    return plan.blocks * RING_DEGREE * LOW_BYTES
+def _low_size(blocks: int) -> int:
+    return blocks * RING_DEGREE * LOW_BYTES
 
 
 def _sketch_size(plan: Plan) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,10 +98,12 @@ def create(
 ) -> None:
     """Create a task and start its first round."""
     spec = read_task(file)
-    settings.operator().create_task(spec, _read_model(spec, model) if model else b"")
+    note = settings.operator().create_task(spec, _read_model(spec, model) if model else b"")
     out.print(
         f"task {spec.task_id!r} runs: {spec.rounds} rounds, plan {spec.plan.digest.hex()[:16]}"
     )
+    if note:
+        out.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def _read_model(spec: TaskSpec, file: Path) -> bytes:
@@ -155,6 +158,24 @@ def show(settings: OperatorSettings, task_id: str, format_: _FORMAT = OutputForm
     task = answer["task"]
     title = f"{task_id}: {_name(task['state'])} {task['reason']}".strip()
     print_table(columns, rows, title)
+    for line in _guarantees(task):
+        out.print(line, highlight=False, soft_wrap=True)
+
+
+def _guarantees(task: dict[str, Any]) -> Iterator[str]:
+    """What a task promises its clients, in lines for people."""
+    if privacy := task.get("privacy"):
+        yield (
+            f"privacy: {privacy['mode'].rpartition('MODE_')[2].lower()} noise, multiplier "
+            f"{privacy['noise_multiplier']:g}; epsilon {privacy['epsilon_spent']:.4g} of "
+            f"{privacy['epsilon']:g} spent at delta {privacy['delta']:g}; "
+            f"{privacy['releases_left']} releases left"
+        )
+    if adaptive := task["spec"].get("adaptive_clip"):
+        yield (
+            f"clip norm: {task['clip']:.4g}, following the quantile {adaptive['quantile']:g} at "
+            f"rate {adaptive['rate']:g}"
+        )
 
 
 @task_app.command()
@@ -175,17 +196,22 @@ def sums(
     round_number: Annotated[int, typer.Argument(help="from 1")],
     output: Annotated[Path, typer.Option(help=".npz file to write")],
 ) -> None:
-    """Write a round's exact integer sums, one array for each segment.
+    """Write a round's integer sums, one array for each segment.
 
-    Integer segments are the plain sums; segments of floats are the rotated, quantised sums.
+    Integer segments are the plain sums; segments of floats are the rotated, quantised sums. Exact,
+    or with noise where the task has privacy; the counts of a threshold are never released.
     """
     operator = settings.operator()
-    spec = TaskSpec.from_wire(operator.task(task_id).task.spec)
+    task = operator.task(task_id)
     data, contributors = operator.sums(task_id, round_number)
-    rotation = rotation_string(task_id, round_number, spec.plan)
+    # All attempts at a round have one clip norm.
+    clips = [row.clip for row in task.rounds if row.round_number == round_number]
+    plan = TaskSpec.from_wire(task.task.spec).plan_at(clips[-1] or None)
+    rotation = rotation_string(task_id, round_number, plan)
     arrays: dict[str, Any] = {"contributors": contributors}
-    parts = zip(spec.plan.segments, sums_from_bytes(data, spec.plan), strict=True)
-    for segment, total in parts:
+    for segment, total in zip(plan.segments, sums_from_bytes(data, plan), strict=True):
+        if plan.threshold is not None and segment.name == plan.threshold.counts:
+            continue  # withheld: what is stored are zeros
         if isinstance(segment, IntegerSegment):
             arrays[segment.name] = dequantize_integers(segment, total, rotation=rotation)
         elif isinstance(segment, FloatSegment):

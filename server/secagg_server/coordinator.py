@@ -3,6 +3,7 @@
 Collect until the deadline or until enough have come, let the key holder judge, fix the manifest,
 add exactly the ciphertexts on it, have the sum opened, apply it. A client that drops out, is late
 or is refused changes nothing but the cohort; too small a cohort aborts the attempt with the reason.
+A task with a privacy budget ends early where that has no room for another release.
 Memory is that of one chunk of the model, whatever the number of clients.
 
 Whatever state a crash leaves an attempt in, the next start goes on from there: every step gives
@@ -29,6 +30,7 @@ from secagg.context import NO_MODEL, RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import Roster
 from secagg.errors import (
+    BudgetError,
     QuorumError,
     ReleaseError,
     RoundError,
@@ -40,7 +42,7 @@ from secagg.logs import where
 from secagg.noise_audit import dithered
 from secagg.parameters import FloatSegment, Plan
 from secagg.release import Release
-from secagg.residues import ResidueSum, widen
+from secagg.residues import ResidueSum, folded, widen
 from secagg.sampling import Stream
 from secagg.transcript import digest
 from secagg.upload import Admission
@@ -50,6 +52,7 @@ from secagg_server.clock import Clock
 from secagg_server.key_holder import KeyHolderStub, ReleasedSums, patiently
 from secagg_server.norms import NormJudge
 from secagg_server.rounds import OpenRound, OpenRounds
+from secagg_server.spending import loss, require_room, spent_in_full
 from secagg_server.states import FINAL, RoundState, TaskState
 from secagg_server.store import RoundRow, Store
 from secagg_server.tasks import TaskSpec
@@ -168,10 +171,19 @@ class Coordinator:
         try:
             failure = await self._settle_interrupted(spec)
             for number in range(self._store.task(spec.task_id).rounds_done + 1, spec.rounds + 1):
+                row = self._store.task(spec.task_id)
+                await asyncio.to_thread(require_room, spec, row)
                 await self._round(spec, number, failure)
             self._store.end_task(spec.task_id, TaskState.FINISHED)
         except (StorageError, OSError):
             raise
+        except BudgetError:
+            # As planned: what there was to spend has been spent, by this account or by that of the
+            # key holder, and no other attempt would change that.
+            row = self._store.task(spec.task_id)
+            reason = await asyncio.to_thread(spent_in_full, spec, row)
+            self._store.end_task(spec.task_id, TaskState.FINISHED, reason)
+            _LOG.info("budget_spent", rounds=row.rounds_done)
         except SecaggError as error:
             self._store.end_task(spec.task_id, TaskState.FAILED, _reason(error))
         except Exception as error:  # a task must never die silently
@@ -217,7 +229,11 @@ class Coordinator:
         return sorted(random.SystemRandom().sample(enrolled, wanted))
 
     async def _settle(self, row: RoundRow, work: Coroutine[Any, Any, None]) -> SecaggError | None:
-        """Do an attempt's work and clean up after it; what went wrong, if anything did."""
+        """Do an attempt's work and clean up after it; what went wrong, if anything did.
+
+        Raises:
+            BudgetError: the key holder will not open another sum of this task.
+        """
         try:
             await work
         except StorageError:
@@ -228,6 +244,8 @@ class Coordinator:
                 "round_aborted", round=row.round_number, attempt=row.attempt, why=error.reason
             )
             await self._forget(row.task_id)
+            if isinstance(error, BudgetError):
+                raise
             return error
         self._blobs.drop_uploads(row.task_id)
         return None
@@ -254,7 +272,7 @@ class Coordinator:
 
     def _stored_context(self, spec: TaskSpec, row: RoundRow) -> RoundContext:
         return RoundContext.create(
-            spec.plan,
+            spec.plan_at(row.clip),
             row.round_key,
             task_id=spec.task_id,
             round_number=row.round_number,
@@ -272,7 +290,7 @@ class Coordinator:
         model = await asyncio.to_thread(self._model_digest, spec)
         context, endorsement = await patiently(
             lambda: self._key_holder.open_round(
-                spec.plan,
+                spec.plan_at(row.clip),
                 task_id=spec.task_id,
                 round_number=row.round_number,
                 attempt=row.attempt,
@@ -337,7 +355,7 @@ class Coordinator:
         except SecaggError as error:
             # The key holder has had the sum. At another attempt, its verdicts could choose a cohort
             # without somebody, and from two sums over the same updates it could read that one off.
-            self._store.void_round(row.key, _reason(error))
+            self._store.void_round(row.key, _reason(error), loss(context.plan))
             _LOG.warning("round_void", round=row.round_number, why=error.reason)
             await self._forget(row.task_id)
             return
@@ -451,13 +469,14 @@ class Coordinator:
         return manifest
 
     def _add_chunks(self, context: RoundContext, manifest: list[Admission]) -> NDArray[np.uint64]:
+        """The sum of these uploads, their noise added to what it hides: (plan.sum_blocks, 4096)."""
         parts = []
         for index in range(context.plan.chunks):
             running = ResidueSum(context.plan.chunk_blocks(index))
             for admission in manifest:
                 running.add(self._residues(context, admission.receipt.upload_digest, index))
             parts.append(running.value())
-        return np.concatenate(parts)
+        return folded(np.concatenate(parts), context.plan.sum_blocks)
 
     def _residues(self, context: RoundContext, name: bytes, index: int) -> NDArray[np.uint64]:
         return widen(self._blobs.chunk(context.id, name, index), context.plan.chunk_blocks(index))
@@ -477,7 +496,7 @@ class Coordinator:
                 model = release.applied_to(self._model(spec, spec.model, version))
             except ReleaseError as error:
                 # Released once, never again: the round is lost, the task goes on.
-                self._store.void_round(row.key, _reason(error))
+                self._store.void_round(row.key, _reason(error), loss(release.plan))
                 return
             self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(model))
             failpoint("model-stored")
@@ -489,6 +508,8 @@ class Coordinator:
             aggregate_ms=aggregate_ms,
             release_ms=release_ms,
             has_model=spec.model is not None,
+            rho=loss(release.plan),
+            clip=_following_clip(spec, row, release),
         )
         failpoint("round-finished")
         _LOG.info(
@@ -505,6 +526,14 @@ class Coordinator:
 
 def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
     return dithered(plan, residues, Stream(key))
+
+
+def _following_clip(spec: TaskSpec, row: RoundRow, release: Release) -> float | None:
+    """Clip norm of the rounds after this one; None for the plan's in every round."""
+    if spec.adaptive_clip is None or spec.model is None:
+        return None
+    clip = spec.model.clip if row.clip is None else row.clip
+    return spec.adaptive_clip.following(clip, release.clip_fraction(), spec.model.clip)
 
 
 def _check_quorum(context: RoundContext, uploads: int) -> None:

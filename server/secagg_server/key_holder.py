@@ -23,7 +23,7 @@ from secagg.context import RoundContext
 from secagg.endorsement import Endorsement, read_pins
 from secagg.errors import IdentityError, MalformedError, SecaggError, UnavailableError
 from secagg.noise_audit import low_to_bytes
-from secagg.parameters import Plan
+from secagg.parameters import CHUNK_BLOCKS, Plan
 from secagg.residues import narrow
 from secagg.rpc.channels import aio_channel
 from secagg.rpc.deadlines import deadline_s
@@ -286,7 +286,7 @@ class KeyHolderClient:
         """Whether the sum over a manifest would open, as far as its noise shows.
 
         Args:
-            low: uint32 (plan.blocks, 4096), see `noise_audit.dithered`.
+            low: uint32 (plan.sum_blocks, 4096), see `noise_audit.dithered`.
 
         Raises:
             ReleaseError: it would not.
@@ -305,7 +305,10 @@ class KeyHolderClient:
     async def release(
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
     ) -> ReleasedSums:
-        """The exact sums over a manifest.
+        """What the key holder releases of the sum over a manifest.
+
+        Args:
+            residues: uint64 (plan.sum_blocks, 4096), see `residues.folded`.
 
         Raises:
             SecaggError: what the key holder answered, or `UnavailableError`.
@@ -412,8 +415,8 @@ async def _release_requests(
 ) -> AsyncIterator[pb.ReleaseRequest]:
     for manifest in _manifests(context, upload_digests):
         yield pb.ReleaseRequest(manifest=manifest)
-    for chunk in _chunks(context, residues):
-        yield pb.ReleaseRequest(residues=chunk)
+    for start in range(0, len(residues), CHUNK_BLOCKS):
+        yield pb.ReleaseRequest(residues=narrow(residues[start : start + CHUNK_BLOCKS]))
 
 
 def _manifests(context: RoundContext, upload_digests: Sequence[bytes]) -> Iterator[pb.Manifest]:
@@ -421,11 +424,3 @@ def _manifests(context: RoundContext, upload_digests: Sequence[bytes]) -> Iterat
     for start in range(0, len(upload_digests), MANIFEST_BATCH):
         part = upload_digests[start : start + MANIFEST_BATCH]
         yield pb.Manifest(context=name, upload_digests=part)
-
-
-def _chunks(context: RoundContext, residues: NDArray[np.uint64]) -> Iterator[bytes]:
-    start = 0
-    for index in range(context.plan.chunks):
-        blocks = context.plan.chunk_blocks(index)
-        yield narrow(residues[start : start + blocks])
-        start += blocks

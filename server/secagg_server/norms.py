@@ -88,6 +88,7 @@ class NormJudge:
             model_from_bytes(self._blobs.model(spec.task_id, each), spec.model.parameters)
             for each in (version, version - 1)
         )
+        # The direction does not depend on the clip norm, in which the round's plan may differ.
         return Direction.of(spec.model, new - old, context.rotation)
 
     async def accepted(

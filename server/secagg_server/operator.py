@@ -53,13 +53,16 @@ class Operator:
         """Close the connection."""
         self._channel.close()
 
-    def create_task(self, spec: TaskSpec, model: bytes = b"") -> None:
+    def create_task(self, spec: TaskSpec, model: bytes = b"") -> str:
         """Create a task; the model is float32 in canonical order, zeros when empty.
+
+        Returns:
+            What its operator should know of it; empty for nothing.
 
         Raises:
             SecaggError: what the server answered.
         """
-        self._ask(self._stub.CreateTask, _create_requests(spec, model))
+        return str(self._ask(self._stub.CreateTask, _create_requests(spec, model)).note)
 
     def tasks(self) -> list[pb.TaskStatus]:
         """All tasks, oldest first.

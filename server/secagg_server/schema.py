@@ -67,7 +67,12 @@ class Base(DeclarativeBase):
 
 
 class TaskRow(Base):
-    """A task and its progress."""
+    """A task and its progress.
+
+    Attributes:
+        rho_spent: zCDP of all releases so far, those of void rounds too.
+        clip: clip norm of the next round, once that is another than the plan's.
+    """
 
     __tablename__ = "tasks"
     task_id: Mapped[str] = mapped_column(primary_key=True)
@@ -78,6 +83,8 @@ class TaskRow(Base):
     rounds_done: Mapped[int] = mapped_column(default=0)
     model_version: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime.datetime]
+    rho_spent: Mapped[float] = mapped_column(Double, default=0.0)
+    clip: Mapped[float | None] = mapped_column(Double)
 
     def task_spec(self) -> TaskSpec:
         """The specification."""
@@ -93,6 +100,7 @@ class RoundRow(Base):
             signature that makes the round key its own.
         selected: JSON list of the clients drawn for this attempt; None for everybody.
         audited: whether the noise audit has judged its uploads.
+        clip: clip norm of its plan, where that is another than the task's.
     """
 
     __tablename__ = "rounds"
@@ -114,6 +122,7 @@ class RoundRow(Base):
     round_key_signature: Mapped[bytes] = mapped_column(default=b"")
     selected: Mapped[str | None]
     audited: Mapped[bool] = mapped_column(default=False)
+    clip: Mapped[float | None] = mapped_column(Double)
 
     @property
     def key(self) -> RoundKey:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+import structlog
 
 from secagg.enrolment import Roster
 from secagg.errors import ClosedError, ConfigurationError, MalformedError, RoundError
@@ -45,6 +46,7 @@ from secagg_server.blobs import BlobStore
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
 from secagg_server.rounds import OpenRound, OpenRounds
+from secagg_server.spending import standing
 from secagg_server.states import RoundState, TaskState, UploadState
 from secagg_server.store import RoundRow, Store, TaskRow, UploadCounts
 from secagg_server.tasks import TaskSpec
@@ -55,6 +57,7 @@ __all__ = ["AggregationService", "OperatorService"]
 MAX_TASKS = 200
 MAX_ROUNDS = 1000
 _LAST_SEQUENCE = (1 << 63) - 1  # that a database can number
+_LOG = structlog.get_logger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -256,11 +259,12 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         """See the contract."""
         spec = await _first_spec(request_iterator)
         self._check(spec)
+        note = await asyncio.to_thread(_budget_note, spec)
         model = await _model_bytes(request_iterator, spec)
         row = await asyncio.to_thread(self._create, spec, model)
         if row.state is TaskState.RUNNING:
             self._coordinator.start(spec)
-        return operator_service_pb2.CreateTaskResponse(state=_task_state(row.state))
+        return operator_service_pb2.CreateTaskResponse(state=_task_state(row.state), note=note)
 
     def _check(self, spec: TaskSpec) -> None:
         if spec.plan.min_clients < self._min_clients:
@@ -289,7 +293,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         size = _page_size(request.page_size, MAX_TASKS)
         rows = await asyncio.to_thread(self._store.tasks, request.page_token, size + 1)
         return operator_service_pb2.ListTasksResponse(
-            tasks=[_task_status(row) for row in rows[:size]],
+            tasks=[await asyncio.to_thread(_task_status, row) for row in rows[:size]],
             next_page_token=rows[size - 1].task_id if len(rows) > size else "",
         )
 
@@ -304,7 +308,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request: operator_service_pb2.GetTaskRequest
     ) -> operator_service_pb2.GetTaskResponse:
         row = self._store.task(request.task_id)
-        payload = row.task_spec().plan.payload_bytes
+        spec = row.task_spec()
         size = _page_size(request.page_size, MAX_ROUNDS)
         rounds = self._store.rounds(request.task_id, _after(request.page_token), size + 1)
         counts = self._store.all_counts(request.task_id)
@@ -312,14 +316,14 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         return operator_service_pb2.GetTaskResponse(
             task=_task_status(row),
             rounds=[
-                self._round_record(item, counts.get(item.key, nobody), payload)
+                self._round_record(spec, item, counts.get(item.key, nobody))
                 for item in rounds[:size]
             ],
             next_page_token=_token(rounds[size - 1]) if len(rounds) > size else "",
         )
 
     def _round_record(
-        self, row: RoundRow, counts: UploadCounts, payload_bytes: int
+        self, spec: TaskSpec, row: RoundRow, counts: UploadCounts
     ) -> operator_service_pb2.RoundRecord:
         record = operator_service_pb2.RoundRecord(
             round_number=row.round_number,
@@ -331,9 +335,10 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             contributors=row.contributors,
             sums_sha256=row.sums_sha256,
             model_version=row.model_version,
-            upload_bytes=counts.accepted * payload_bytes,
+            upload_bytes=counts.accepted * spec.plan.payload_bytes,
             aggregate_ms=row.aggregate_ms,
             release_ms=row.release_ms,
+            clip=_clip(spec, row.clip),
         )
         record.created_at.FromDatetime(row.created_at)
         if row.ended_at:
@@ -457,13 +462,50 @@ def _token(row: RoundRow) -> str:
     return f"{row.round_number}.{row.attempt}"
 
 
+def _budget_note(spec: TaskSpec) -> str:
+    """What the operator should know of a task's privacy budget; empty for nothing.
+
+    Raises:
+        ConfigurationError: it has no room for a single release.
+    """
+    fit = spec.check_budget()
+    if fit is None or fit >= spec.rounds:
+        return ""
+    _LOG.warning("budget_short", rounds=spec.rounds, releases=fit)
+    return (
+        f"the privacy budget has room for {fit} of {spec.rounds} rounds; the task will finish "
+        "after them"
+    )
+
+
+def _clip(spec: TaskSpec, clip: float | None) -> float:
+    return (clip or spec.model.clip) if spec.model else 0.0
+
+
+def _task_privacy(spec: TaskSpec, row: TaskRow) -> operator_service_pb2.TaskPrivacy | None:
+    found, privacy = standing(spec, row), plan_to_wire(spec.plan).privacy
+    if found is None:
+        return None
+    return operator_service_pb2.TaskPrivacy(
+        mode=privacy.mode,
+        noise_multiplier=privacy.noise_multiplier,
+        epsilon_spent=found.epsilon_spent,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        releases_left=found.releases_left,
+    )
+
+
 def _task_status(row: TaskRow) -> operator_service_pb2.TaskStatus:
+    spec = row.task_spec()
     status = operator_service_pb2.TaskStatus(
-        spec=row.task_spec().to_wire(),
+        spec=spec.to_wire(),
         state=_task_state(row.state),
         rounds_done=row.rounds_done,
         model_version=row.model_version,
         reason=row.reason,
+        privacy=_task_privacy(spec, row),
+        clip=_clip(spec, row.clip),
     )
     status.created_at.FromDatetime(row.created_at)
     return status

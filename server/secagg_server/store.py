@@ -169,10 +169,12 @@ class Store(Uploads):
     ) -> RoundRow:
         """Record the next attempt at a round, for the clients drawn for it or for everybody.
 
+        It is planned with the clip norm that the task has now, as all attempts at a round are.
+
         Raises:
             ConfigurationError: unknown task.
         """
-        _require_task(session, task_id)
+        task = _require_task(session, task_id)
         row = RoundRow(
             task_id=task_id,
             round_number=round_number,
@@ -180,6 +182,7 @@ class Store(Uploads):
             state=RoundState.CREATED,
             created_at=_now(),
             selected=None if selected is None else json.dumps(list(selected)),
+            clip=task.clip,
         )
         session.add(row)
         drawn = None if selected is None else len(selected)
@@ -275,8 +278,14 @@ class Store(Uploads):
         aggregate_ms: float,
         release_ms: float,
         has_model: bool,
+        rho: float = 0.0,
+        clip: float | None = None,
     ) -> int:
         """Record a release and the model version it made, together with the task's progress.
+
+        Args:
+            rho: zCDP of the release.
+            clip: clip norm of the rounds that follow, if that is another than the plan's.
 
         Returns:
             The model version; unchanged for a task without a model.
@@ -290,6 +299,8 @@ class Store(Uploads):
         task = _require_task(session, row.task_id)
         task.rounds_done = row.round_number
         task.model_version += int(has_model)
+        task.rho_spent += rho
+        task.clip = clip
         row.state, row.ended_at = RoundState.DONE, _now()
         row.sums_sha256, row.contributors = sums_sha256, contributors
         row.model_version = task.model_version
@@ -301,12 +312,16 @@ class Store(Uploads):
             sums=sums_sha256.hex(),
             contributors=contributors,
             model_version=task.model_version,
+            **_exactly(rho=rho, clip=clip),
         )
         return task.model_version
 
     @writing
-    def void_round(self, session: Session, key: RoundKey, reason: str) -> None:
+    def void_round(self, session: Session, key: RoundKey, reason: str, rho: float = 0.0) -> None:
         """End a round whose released sum cannot be used; the task continues with the next one.
+
+        Args:
+            rho: zCDP of the release, which may have been seen.
 
         Raises:
             ConfigurationError: unknown.
@@ -314,8 +329,10 @@ class Store(Uploads):
         """
         row = require_round(session, key)
         check_transition(row.state, RoundState.ABORTED)
-        _require_task(session, row.task_id).rounds_done = row.round_number
-        self._end(session, row, "round-voided", reason)
+        task = _require_task(session, row.task_id)
+        task.rounds_done = row.round_number
+        task.rho_spent += rho
+        self._end(session, row, "round-voided", reason, **_exactly(rho=rho))
 
     @writing
     def abort_round(self, session: Session, key: RoundKey, reason: str) -> None:
@@ -339,14 +356,21 @@ class Store(Uploads):
         for row in session.scalars(unfinished).all():
             self._end(session, row, "round-aborted", reason)
 
-    def _end(self, session: Session, row: RoundRow, event: str, reason: str) -> None:
+    def _end(
+        self, session: Session, row: RoundRow, event: str, reason: str, **details: str
+    ) -> None:
         row.state, row.reason = RoundState.ABORTED, storable(reason)
         row.ended_at = _now()
-        self._record(session, event, **where(row.key), reason=reason_code(reason))
+        self._record(session, event, **where(row.key), reason=reason_code(reason), **details)
 
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
+
+
+def _exactly(**numbers: float | None) -> dict[str, str]:
+    """Numbers for the log, which takes no floats: exactly, and those alone that there are."""
+    return {name: number.hex() for name, number in numbers.items() if number}
 
 
 def _require_task(session: Session, task_id: str) -> TaskRow:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from secagg.accounting import Budget, noise_multiplier_for
 from secagg.context import check_task_id
 from secagg.errors import ConfigurationError
 from secagg.parameters import (
@@ -16,21 +18,61 @@ from secagg.parameters import (
     IntegerSegment,
     NormCheck,
     Plan,
+    Privacy,
+    RowThreshold,
     Segment,
     TensorSpec,
 )
 from secagg.planner import make_plan
+from secagg.privacy import release_rho
 from secagg.settings import read_toml, validated
 from secagg.wire.codec import MODEL_VALUE_BYTES, plan_from_wire, plan_to_wire
 from secagg.wire.v1 import operator_service_pb2 as pb
 
-__all__ = ["MAX_ATTEMPTS", "TaskSpec", "read_task"]
+__all__ = ["MAX_ATTEMPTS", "AdaptiveClip", "TaskSpec", "read_task"]
 
 MAX_ATTEMPTS = 100
 MAX_ROUNDS = 1_000_000
 MIN_DEADLINE_MS = 100
 MAX_DEADLINE_MS = 31 * 24 * 3600 * 1000  # a month; fits into the wire's 32 bits
+# How far a clip norm may go from where it began: updates do not shrink more while a model learns,
+# and a cohort that lies cannot take it further. From these, it never leaves what a plan can have.
+_CLIP_REACH = 1000.0
+_FIRST_CLIPS = (1e-16, 1e16)
 _USUAL = NormCheck()
+_USUAL_INTEGER_SHARE = 0.1  # as in `Privacy`
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveClip:
+    """How the clip norm follows the updates: Andrew et al. 2021, "Differentially Private Learning
+    with Adaptive Clipping", algorithm 1.
+
+    It looks at released sums only, whose noise the share of clipped updates has had too: it costs
+    no privacy of its own.
+
+    Attributes:
+        quantile: share of updates that shall be within the clip norm, 0.01 to 0.99.
+        rate: how fast it follows; above 0, up to 1.
+    """
+
+    quantile: float = 0.5
+    rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (0.01 <= self.quantile <= 0.99 and 0.0 < self.rate <= 1.0):
+            raise ConfigurationError(
+                "expected an adaptive clip norm with a quantile from 0.01 to 0.99 and a rate above "
+                f"0, up to 1; got quantile={self.quantile}, rate={self.rate}; 0.5 and 0.2 are usual"
+            )
+
+    def following(self, clip: float, within: float, first: float) -> float:
+        """The clip norm after a round with ``clip``, of whose updates the share ``within`` was.
+
+        Never more than a factor of 1000 from the ``first`` round's.
+        """
+        moved = clip * math.exp(-self.rate * (within - self.quantile))
+        return min(max(moved, first / _CLIP_REACH), first * _CLIP_REACH)
 
 
 @dataclass(frozen=True)
@@ -39,13 +81,15 @@ class TaskSpec:
 
     Attributes:
         task_id: 1 to 64 letters, digits, '_', '.' or '-'.
-        plan: what every round computes on; at most one float segment, which is the model.
+        plan: what every round computes on; at most one float segment, which is the model. With an
+            adaptive clip norm, it is the first round's: see `plan_at`.
         rounds: how many.
         round_deadline_ms: time a round collects for, in milliseconds.
         max_attempts: attempts at one round before the task fails.
         target_clients: uploads after which a round closes before its deadline.
         selected_clients: enrolled clients drawn at random for each attempt, target_clients or more
             so that some may drop out; 0 lets everybody in.
+        adaptive_clip: how the clip norm follows the updates; None for the plan's in every round.
     """
 
     task_id: str
@@ -55,6 +99,7 @@ class TaskSpec:
     max_attempts: int
     target_clients: int
     selected_clients: int = 0
+    adaptive_clip: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         check_task_id(self.task_id)
@@ -82,12 +127,60 @@ class TaskSpec:
             )
         if len([s for s in self.plan.segments if isinstance(s, FloatSegment)]) > 1:
             raise ConfigurationError("expected at most one segment of floats in a task: its model")
+        if self.adaptive_clip is not None:
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        if self.model is None or not self.model.clip_bit:
+            raise ConfigurationError(
+                "expected a model with a clip bit, which an adaptive clip norm follows; there is "
+                "none; set clip_bit, or leave adaptive_clip out"
+            )
+        if not _FIRST_CLIPS[0] <= self.model.clip <= _FIRST_CLIPS[1]:
+            raise ConfigurationError(
+                f"expected an adaptive clip norm that begins from {_FIRST_CLIPS[0]:g} to "
+                f"{_FIRST_CLIPS[1]:g}; got clip={self.model.clip:g}; rescale the model"
+            )
 
     @property
     def model(self) -> FloatSegment | None:
         """The segment that updates the task's model; None for pure analytics."""
         floats = [s for s in self.plan.segments if isinstance(s, FloatSegment)]
         return floats[0] if floats else None
+
+    def plan_at(self, clip: float | None) -> Plan:
+        """The plan of a round.
+
+        Args:
+            clip: its clip norm, where that is another than the plan's.
+        """
+        if clip is None or self.model is None or clip == self.model.clip:
+            return self.plan
+        # Counted in steps of the quantiser, nothing depends on the clip norm: the layout stays.
+        return make_plan(
+            [replace(s, clip=clip) if s is self.model else s for s in self.plan.segments],
+            min_clients=self.plan.min_clients,
+            max_clients=self.plan.max_clients,
+            norm_check=self.plan.norm_check,
+            privacy=self.plan.privacy,
+            threshold=self.plan.threshold,
+        )
+
+    def check_budget(self) -> int | None:
+        """Refuse a privacy budget without room for a single release.
+
+        Returns:
+            How many releases it has room for; None without privacy.
+
+        Raises:
+            ConfigurationError: none; the message says which numbers would do.
+        """
+        privacy = self.plan.privacy
+        if privacy is None:
+            return None
+        budget, rho = Budget(privacy.epsilon, privacy.delta), release_rho(self.plan)
+        budget.check(rho)
+        return budget.left(0.0, rho)
 
     @property
     def model_bytes(self) -> int:
@@ -104,6 +197,11 @@ class TaskSpec:
             max_attempts=self.max_attempts,
             target_clients=self.target_clients,
             selected_clients=self.selected_clients,
+            adaptive_clip=pb.AdaptiveClip(
+                quantile=self.adaptive_clip.quantile, rate=self.adaptive_clip.rate
+            )
+            if self.adaptive_clip
+            else None,
         )
 
     @classmethod
@@ -121,7 +219,13 @@ class TaskSpec:
             message.max_attempts,
             message.target_clients,
             message.selected_clients,
+            AdaptiveClip(message.adaptive_clip.quantile, message.adaptive_clip.rate)
+            if message.HasField("adaptive_clip")
+            else None,
         )
+
+
+_USUAL_CLIP = AdaptiveClip()
 
 
 class _Section(BaseModel):
@@ -133,6 +237,11 @@ class _Tensor(_Section):
     shape: list[int] = Field(default_factory=list)
 
 
+class _AdaptiveClip(_Section):
+    quantile: float = _USUAL_CLIP.quantile
+    rate: float = _USUAL_CLIP.rate
+
+
 class _Update(_Section):
     name: str = "update"
     tensors: list[_Tensor]
@@ -140,11 +249,20 @@ class _Update(_Section):
     bits: int = 8
     weighting: Literal["equal", "samples"] = "equal"
     weight_cap: int = 1
+    rows: int = 0
+    adaptive_clip: _AdaptiveClip | None = None
 
     def segment(self) -> FloatSegment:
         tensors = tuple(TensorSpec(tensor.name, tuple(tensor.shape)) for tensor in self.tensors)
         return FloatSegment(
-            self.name, tensors, self.clip, self.bits, self.weighting, self.weight_cap
+            self.name,
+            tensors,
+            self.clip,
+            self.bits,
+            self.weighting,
+            self.weight_cap,
+            self.rows,
+            clip_bit=self.adaptive_clip is not None,
         )
 
 
@@ -171,6 +289,49 @@ class _NormCheck(_Section):
         return NormCheck(self.margin, self.sketches, self.tolerated, self.min_cosine)
 
 
+class _Privacy(_Section):
+    mode: Literal["release", "distributed", "local"]
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    honest_clients: int = 0
+    integer_share: float = _USUAL_INTEGER_SHARE
+
+    def privacy(self, rounds: int) -> Privacy:
+        epsilon, delta = self.epsilon, self.delta
+        if epsilon is None or delta is None:
+            raise ConfigurationError(
+                f"expected a budget in [privacy]: epsilon and delta; got {epsilon=}, {delta=}; "
+                "give both, such as epsilon = 8.0 and a delta well below 1 over the number of "
+                "clients"
+            )
+        noise = self.noise_multiplier
+        return Privacy(
+            self.mode,
+            noise_multiplier_for(epsilon, delta, rounds) if noise is None else noise,
+            epsilon,
+            delta,
+            self.honest_clients,
+            self.integer_share,
+        )
+
+
+class _Threshold(_Section):
+    counts: str = "contributors"
+    least: int
+    most_items: int | None = None
+
+    def segment(self, rows: int) -> IntegerSegment:
+        """What counts the contributors, in a file that does not have it among its integers."""
+        most = rows if self.most_items is None else self.most_items
+        if not 1 <= most <= rows:
+            raise ConfigurationError(
+                f"expected most_items in [threshold] from 1 to the table's rows={rows}: the most "
+                f"rows that one client has something positive of; got most_items={most}"
+            )
+        return IntegerSegment(self.counts, rows, 1, math.sqrt(most))
+
+
 class _TaskFile(_Section):
     task_id: str
     min_clients: int = MIN_COHORT
@@ -183,20 +344,42 @@ class _TaskFile(_Section):
     update: _Update | None = None
     integers: list[_Integers] = Field(default_factory=list)
     norm_check: _NormCheck | None = None
+    privacy: _Privacy | None = None
+    threshold: _Threshold | None = None
+
+    def segments(self) -> list[Segment]:
+        segments: list[Segment] = [self.update.segment()] if self.update else []
+        segments += [integers.segment() for integers in self.integers]
+        if self.threshold is None:
+            return segments
+        if self.update is None or not self.update.rows:
+            raise ConfigurationError(
+                "expected rows in [update], which a [threshold] is about; got none; set rows to "
+                "the first side of every tensor, or leave [threshold] out"
+            )
+        if self.threshold.counts not in [segment.name for segment in segments]:
+            segments.append(self.threshold.segment(self.update.rows))
+        elif self.threshold.most_items is not None:
+            raise ConfigurationError(
+                "expected the bound of the counts once: most_items in [threshold], or max_norm in "
+                f"[[integers]] {self.threshold.counts!r}; got both; drop one of the two"
+            )
+        return segments
 
 
 def read_task(file: Path) -> TaskSpec:
     """A task from its TOML file (see docs/samples/task.toml).
 
-    A file that says nothing of a norm check has one, if there is a norm that can be checked.
+    A file that says nothing of a norm check has one, if there is a norm that can be checked. One
+    with a privacy budget and without a noise multiplier has the smallest with which all rounds fit.
 
     Raises:
-        ConfigurationError: unreadable, an unknown key, or a value out of its range.
+        ConfigurationError: unreadable, an unknown key, or a value out of its range; a privacy
+            budget without room for a single release.
         PlanError: no exact plan exists; the message says what would work.
     """
     literal = validated(_TaskFile, read_toml(file))
-    segments: list[Segment] = [literal.update.segment()] if literal.update else []
-    segments += [integers.segment() for integers in literal.integers]
+    segments = literal.segments()
     if literal.norm_check is not None:
         norm_check = literal.norm_check.check()
     else:
@@ -206,8 +389,13 @@ def read_task(file: Path) -> TaskSpec:
         min_clients=literal.min_clients,
         max_clients=literal.max_clients,
         norm_check=norm_check,
+        privacy=literal.privacy.privacy(literal.rounds) if literal.privacy else None,
+        threshold=RowThreshold(literal.threshold.counts, literal.threshold.least)
+        if literal.threshold
+        else None,
     )
-    return TaskSpec(
+    adaptive = literal.update.adaptive_clip if literal.update else None
+    spec = TaskSpec(
         literal.task_id,
         plan,
         literal.rounds,
@@ -215,4 +403,7 @@ def read_task(file: Path) -> TaskSpec:
         literal.max_attempts,
         literal.max_clients if literal.target_clients is None else literal.target_clients,
         literal.selected_clients,
+        AdaptiveClip(adaptive.quantile, adaptive.rate) if adaptive else None,
     )
+    spec.check_budget()
+    return spec

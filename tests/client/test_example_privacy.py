@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,20 @@ def streams(label: str = "test") -> Callable[[], Stream]:
 
 
 def make_silo(
-    privacy: ExamplePrivacy = PRIVACY, *, split: Split = SPLIT, **arguments: Any
+    privacy: ExamplePrivacy = PRIVACY,
+    *,
+    split: Split = SPLIT,
+    ledger: Path | None = None,
+    randomness: Callable[[], Stream] = Stream.from_os,
 ) -> PrivateSilo:
-    return PrivateSilo(0, split, USERS, CONFIG, privacy, **{"ledger": None, **arguments})
+    return PrivateSilo(0, split, USERS, CONFIG, privacy, ledger=ledger, randomness=randomness)
+
+
+@cache
+def trained_state() -> bytes:
+    silo = make_silo()
+    silo.train(SHARED, 1)
+    return silo.state()
 
 
 def tables(seed: int, scale: float = 0.5, users: int = 5, items: int = 9, d: int = 4) -> Arrays:
@@ -74,8 +86,8 @@ def examples(seed: int, size: int, users: int = 5, items: int = 9) -> Arrays:
     return rng.integers(0, users, size), rng.integers(0, items, (size, 5))
 
 
-def optimiser(model: Recommender, **changes: Any) -> GridOptimizer:
-    chosen = {
+def optimiser(model: Recommender, **changes: float | Stream) -> GridOptimizer:
+    chosen: dict[str, Any] = {
         "noise_multiplier": 0.0,
         "max_grad_norm": 0.2,
         "expected_batch_size": 10.0,
@@ -85,7 +97,7 @@ def optimiser(model: Recommender, **changes: Any) -> GridOptimizer:
     return GridOptimizer(model, **{**chosen, **changes})
 
 
-def sums(start: Arrays, batch: Examples, **changes: Any) -> npt.NDArray[np.int64]:
+def sums(start: Arrays, batch: Examples, **changes: float) -> npt.NDArray[np.int64]:
     """The integers before the noise, of all three tables, one behind the other."""
     model = Recommender(*start)
     step = optimiser(model, learning_rate=0.0, **changes)
@@ -162,6 +174,27 @@ def test_an_example_moves_the_sums_by_exactly_its_own_cut_gradient(
     # To the bit, so that no error of floats adds up over a batch, wherever its neighbours stand.
     assert np.array_equal(whole - without, alone)
     assert exact_norm(alone) <= BOUND
+
+
+@pytest.mark.parametrize("d", [1, 3, 8, 17])
+def test_gradients_have_the_same_bits_in_every_batch(d: int) -> None:
+    # Before they are put on the grid, which hides most differences: without padding, this fails.
+    for seed in range(12):
+        start, size = tables(seed, 2.0, 50, 90, d), 2 + 7 * seed % 97
+        users, items = examples(seed, size, 50, 90)
+        others = np.arange(size) != seed % size
+        whole, without = (
+            float_gradients(start, Examples(users[kept], items[kept]))
+            for kept in (np.arange(size), others)
+        )
+        for one, other in zip(whole, without, strict=True):
+            assert torch.equal(one[:size][others], other[: size - 1])
+
+
+def float_gradients(start: Arrays, batch: Examples) -> list[torch.Tensor]:
+    step = optimiser(Recommender(*start))
+    step.descend(batch, 0.01)
+    return [gradient.clone() for gradient in step.grad_samples]
 
 
 def test_a_long_gradient_is_cut_to_the_norm_and_a_short_one_is_not() -> None:
@@ -327,10 +360,10 @@ def test_models_that_do_not_fit_cost_nothing(broken: str) -> None:
     assert silo.steps == 0
 
 
-def test_learns_on_generated_purchases_at_moderate_noise() -> None:
+def test_learns_tastes_on_generated_purchases_at_moderate_noise() -> None:
     split = split_leave_one_out(generate_marketplace())
     config = TrainConfig(dimensions=8)
-    privacy = ExamplePrivacy(8.0, 1e-6, 1.0, 0.1, 10, 10_000)
+    privacy = ExamplePrivacy(8.0, 1e-6, 2.0, 0.3, 10, 10_000, learning_rate=600.0)
     silo = PrivateSilo(
         0, split, np.arange(split.n_users), config, privacy, ledger=None, randomness=streams()
     )
@@ -341,9 +374,10 @@ def test_learns_on_generated_purchases_at_moderate_noise() -> None:
         shared = {name: tensor + update[name] for name, tensor in shared.items()}
     trained = evaluate(factor_scores(silo.user_vectors, shared), split, 0)
     personal = evaluate(factor_scores(silo.personal_vectors(shared), shared), split, 0)
+    popular = evaluate(lambda users: np.tile(shared[ITEM_BIAS], (users.size, 1)), split, 0)
     assert trained.hr10 > untrained.hr10 + 0.1
-    assert personal.hr10 > untrained.hr10 + 0.15
-    assert silo.epsilon < 8
+    assert trained.hr10 > popular.hr10 + 0.03
+    assert personal.hr10 > popular.hr10 + 0.08
 
 
 def test_personal_vectors_are_never_trained_on() -> None:
@@ -545,11 +579,9 @@ def test_another_silos_state_is_refused() -> None:
 
 
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_damaged_state_is_refused_or_harmless(place: float, flip: int) -> None:
-    silo = make_silo(randomness=streams())
-    silo.train(SHARED, 1)
-    state = bytearray(silo.state())
+    state = bytearray(trained_state())
     state[int(place * len(state))] ^= flip
     back = make_silo()
     try:
@@ -635,6 +667,7 @@ def test_a_missing_opacus_is_named_with_the_extra_that_brings_it(
         make_silo()
 
 
+@pytest.mark.slow
 def test_opacus_is_loaded_by_those_who_use_it_alone() -> None:
     code = "import sys, secagg_client.example_privacy; sys.exit('opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -41,7 +41,8 @@ def kept_of(context: RoundContext, upload: Upload | None = None) -> Kept:
 
 
 def only_file(folder: Path) -> Path:
-    (file,) = folder.iterdir()
+    """The one upload; a session has its ledger beside it."""
+    (file,) = (path for path in folder.iterdir() if path.name != "ledger.jsonl")
     return file
 
 

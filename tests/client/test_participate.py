@@ -36,6 +36,7 @@ from secagg.errors import (
     DuplicateError,
     InputError,
     NoCertificateError,
+    PausedError,
     SecaggError,
     UntrustedKeyError,
     WrongRoleError,
@@ -139,7 +140,9 @@ def test_another_attempt_at_a_round_contributes_the_same_update(tmp_path: Path) 
     assert first.samples == again.samples > 0
 
 
-@pytest.mark.parametrize("refusal", [ClosedError("late"), DuplicateError("second")])
+@pytest.mark.parametrize(
+    "refusal", [ClosedError("late"), DuplicateError("second"), PausedError("by its user")]
+)
 def test_a_missed_round_leaves_the_private_state_as_it_was(
     tmp_path: Path, refusal: Exception
 ) -> None:
@@ -251,7 +254,7 @@ def test_silos_with_kits_take_part_until_the_task_ends(made: Site, tmp_path: Pat
     for settings in joining:
         names = {path.name for path in settings.state_dir.iterdir()}
         # The signing key is the kit's; none is made here.
-        assert names == {"costs.jsonl", "upload-recommender.1.1", "vectors-1.npz"}
+        assert names == {"costs.jsonl", "ledger.jsonl", "upload-recommender.1.1", "vectors-1.npz"}
         assert [line["accepted"] for line in _costs(settings)] == [True]
         for path in settings.state_dir.iterdir():
             assert path.name == "costs.jsonl" or stat.S_IMODE(path.stat().st_mode) == 0o600

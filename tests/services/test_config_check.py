@@ -145,7 +145,6 @@ SETTINGS: dict[str, tuple[Flags, str]] = {
     "no port": ({"--listen": "127.0.0.1:"}, "host:port"),
     "no host": ({"--listen": ":7400"}, "host:port"),
     "a port beyond all": ({"--listen": "127.0.0.1:70000"}, "host:port"),
-    "a cohort below the floor": ({"--min-clients": "2"}, "min_clients"),
     "no workers": ({"--workers": "0"}, "workers"),
     "an unknown log level": ({"--log-level": "loud"}, "log_level"),
     "a ready file nowhere": ({"--ready-file": "nowhere/ready"}, "ready_file"),
@@ -163,6 +162,60 @@ def test_settings_that_can_never_work_end_with_78(case: str, program: str) -> No
     assert text in checked.stderr
     assert checked.stderr.startswith("CONFIGURATION: ")
     assert (ran.exit_code, ran.stdout, ran.stderr) == (78, "", checked.stderr)
+
+
+FLOORS = {SERVER: "--min-clients", KEY_HOLDER: "--release-min-clients"}
+
+
+@pytest.mark.parametrize("program", APPS)
+def test_a_cohort_below_the_floor_ends_with_78(program: str) -> None:
+    flags = sound(program) | {FLOORS[program]: "2"}
+    for command in (["config", "check"], ["run"]):
+        result = invoke(program, command, flags)
+        assert (result.exit_code, result.stdout) == (78, "")
+        assert "min_clients: Input should be greater than or equal to 3" in result.stderr
+
+
+# What a key holder releases: flags, the file's [release], and what is said.
+RELEASE: dict[str, tuple[Flags, str, str]] = {
+    "an epsilon alone": ({"--release-max-epsilon": "8"}, "", "release_max_delta together"),
+    "a delta alone": ({}, "max_delta = 1e-6", "release_max_delta together"),
+    "no epsilon at all": ({}, "max_epsilon = 0\nmax_delta = 1e-6", "release_max_epsilon"),
+    "an epsilon without end": ({}, "max_epsilon = inf\nmax_delta = 1e-6", "release_max_epsilon"),
+    "an epsilon that is none": ({"--release-max-epsilon": "nan"}, "", "release_max_epsilon"),
+    "a delta of one": ({}, "max_epsilon = 8\nmax_delta = 1", "release_max_delta"),
+    "a row of one": ({}, "min_row_contributors = 1", "release_min_row_contributors"),
+    "no attempts": ({}, "attempts_per_model = 0", "release_attempts_per_model"),
+    "a truth that is none": ({}, 'require_privacy = "perhaps"', "release_require_privacy"),
+    "another cohort": ({}, "min_client = 5", "did you mean 'release_min_clients'"),
+}
+
+
+@pytest.mark.parametrize("case", RELEASE)
+def test_what_could_never_be_released_ends_with_78(case: str) -> None:
+    changes, table, text = RELEASE[case]
+    Path("settings.toml").write_text(f"[release]\n{table}\n", "utf-8")
+    flags = sound(KEY_HOLDER) | changes | {"--config": "settings.toml"}
+    for command in (["config", "check"], ["run"]):
+        result = invoke(KEY_HOLDER, command, flags)
+        assert (result.exit_code, result.stdout) == (78, "")
+        assert text in result.stderr
+    assert not Path("data").exists()
+
+
+def test_the_settings_of_releases_from_before_they_had_a_table_are_named() -> None:
+    for old in ("min_clients", "attempts_per_model"):
+        Path("settings.toml").write_text(f"{old} = 5\n", "utf-8")
+        flags = sound(KEY_HOLDER) | {"--config": "settings.toml"}
+        result = invoke(KEY_HOLDER, ["config", "check"], flags)
+        assert result.exit_code == 78
+        assert f"'{old}'; did you mean 'release_{old}'" in result.stderr
+
+
+def test_something_else_of_the_tables_name_is_refused() -> None:
+    Path("settings.toml").write_text("release = 5\n", "utf-8")
+    flags = sound(KEY_HOLDER) | {"--config": "settings.toml"}
+    refused(KEY_HOLDER, flags, 78, "CONFIGURATION", "expected a table [release]")
 
 
 @pytest.mark.parametrize("program", APPS)

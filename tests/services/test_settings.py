@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from federations import PASSPHRASE, client_kit, kit, new_federation, shared, shared_other, swap_in
 
+from secagg.accounting import Budget
 from secagg.enrolment import OpenEnrolment
 from secagg.errors import (
     ConfigurationError,
@@ -24,6 +25,7 @@ from secagg.errors import (
 from secagg.settings import check_writable, dialled, load, one_transport, only_process, read_toml
 from secagg_client.config import ClientSettings
 from secagg_keyholder.config import KeyHolderSettings
+from secagg_keyholder.policy import Policy
 from secagg_server.config import OperatorSettings, ServerSettings
 
 
@@ -63,12 +65,38 @@ def test_a_flag_that_was_not_given_changes_nothing(tmp_path: Path) -> None:
 def test_without_any_source_the_defaults_hold() -> None:
     found = load(ServerSettings, None, {})
     assert found.listen == "127.0.0.1:7400"
-    assert load(KeyHolderSettings, None, {}).min_clients == 3
+    assert load(KeyHolderSettings, None, {}).release_min_clients == 3
 
 
 def test_numbers_from_the_environment_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECAGG_KEYHOLDER_MIN_CLIENTS", "7")
-    assert load(KeyHolderSettings, None, {}).min_clients == 7
+    monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_MIN_CLIENTS", "7")
+    assert load(KeyHolderSettings, None, {}).release_min_clients == 7
+
+
+def test_what_is_released_is_a_table_in_the_file_and_a_name_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = toml(
+        tmp_path,
+        """[release]
+        min_clients = 5
+        attempts_per_model = 2
+        require_privacy = true
+        max_epsilon = 4
+        max_delta = 1e-6
+        """,
+    )
+    assert load(KeyHolderSettings, file, {}).policy == Policy(5, 2, True, Budget(4.0, 1e-6), None)
+    monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_MAX_EPSILON", "3")
+    monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_MIN_ROW_CONTRIBUTORS", "7")
+    monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_ATTEMPTS_PER_MODEL", "9")
+    found = load(KeyHolderSettings, file, {"release_attempts_per_model": 4})
+    assert found.policy == Policy(5, 4, True, Budget(3.0, 1e-6), 7)
+    assert load(KeyHolderSettings, None, {}).policy.attempts_per_model == 9
+
+
+def test_by_default_any_plan_of_three_is_released() -> None:
+    assert load(KeyHolderSettings, None, {}).policy == Policy(3, 10, False, None, None)
 
 
 def test_each_program_reads_its_own_variables_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +157,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(
 def test_a_cohort_below_the_floor_or_no_number_is_refused(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    monkeypatch.setenv("SECAGG_KEYHOLDER_MIN_CLIENTS", value)
+    monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_MIN_CLIENTS", value)
     with pytest.raises(ConfigurationError, match="min_clients"):
         load(KeyHolderSettings, None, {})
 

@@ -144,7 +144,7 @@ def encrypted(context: RoundContext, index: int, commitment: bytes = NO_COMMITME
 
 def clear_sums(context: RoundContext, indexes: Iterable[int]) -> list[NDArray[np.int64]]:
     """What the sum over these clients must be, exactly, computed without any cipher."""
-    per_client = [[part.values for part in quantized(context, index)] for index in indexes]
+    per_client = [[part.summand for part in quantized(context, index)] for index in indexes]
     return [sum(parts[1:], start=parts[0]) for parts in zip(*per_client, strict=True)]
 
 

@@ -15,7 +15,7 @@ from serving import LoopThread, serving
 
 from secagg.context import RoundContext
 from secagg.parameters import CHUNK_BYTES, RESIDUE_BYTES, Plan
-from secagg.residues import ResidueSum, narrow, widen
+from secagg.residues import ResidueSum, folded, narrow, widen
 from secagg.rpc import channels
 from secagg.rpc.status import from_rpc_error
 from secagg.upload import Upload
@@ -120,7 +120,7 @@ def summed(context: RoundContext, uploads: Iterable[Upload]) -> bytes:
     total = ResidueSum(context.plan.blocks)
     for upload in uploads:
         total.add(widen(upload.payload, context.plan.blocks))
-    return narrow(total.value())
+    return narrow(folded(total.value(), context.plan.sum_blocks))
 
 
 def flipped(data: bytes, place: int = 0) -> bytes:

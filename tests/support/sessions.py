@@ -76,7 +76,7 @@ def _guarded(method: str) -> Callable[..., Any]:
     return guarded
 
 
-for _method in (*METHODS, "GetVerdict"):
+for _method in (*METHODS, "GetVerdict", "WithdrawUpload"):
     setattr(Gate, _method, _guarded(_method))
 
 

@@ -23,15 +23,24 @@ from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, SharedTensors, TrainCon
 __all__ = ["DefaultTraining", "LocalRows", "local_training", "train"]
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
+_ROWS = 8192  # touched at a time, which a cache holds
 
 
 @dataclass(frozen=True, slots=True)
 class DefaultTraining:
-    """The client library's configuration, rounds, and the clip norm of one user's update."""
+    """The client library's configuration, with what federating it takes.
+
+    Attributes:
+        config: of local training.
+        rounds: of averaging.
+        clip: L2 norm of one user's update.
+        rate: of a step on the mean update; 1 is plain averaging.
+    """
 
     config: TrainConfig = field(default_factory=TrainConfig)
     rounds: int = 25
     clip: float = 1.0
+    rate: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,11 +85,17 @@ def train(
     multiplier = channel.budget.multiplier(releases=settings.rounds)
     for _ in range(settings.rounds):
         touched, positive = touch(clients, settings.config.negatives, rng)
-        vectors, changes = local_training(shared, vectors, touched, positive, settings.config)
+        changes = np.empty((touched.items.size, vectors.shape[1] + 1), dtype=np.float32)
+        for rows, places, batch in touched.batches(_ROWS):
+            vectors[rows], changes[places] = local_training(
+                shared, vectors[rows], batch, positive[places], settings.config
+            )
         lengths = np.sqrt(np.add.reduceat(np.einsum("rd,rd->r", changes, changes), touched.first))
-        scale = 1.0 / np.maximum(lengths, settings.clip)
-        updates = LocalRows(touched, changes * scale[touched.owners, None].astype(np.float32))
-        mean = settings.clip * channel.release(updates, multiplier).mean.astype(np.float32)
+        scale = (1.0 / np.maximum(lengths, settings.clip)).astype(np.float32)
+        changes *= scale[touched.owners, None]
+        updates = LocalRows(touched, changes)
+        mean = settings.rate * settings.clip * channel.release(updates, multiplier).mean
+        mean = mean.astype(np.float32)
         shared = {
             ITEM_FACTORS: shared[ITEM_FACTORS] + mean[:, :-1],
             ITEM_BIAS: shared[ITEM_BIAS] + mean[:, -1],
@@ -99,10 +114,12 @@ def touch(
     own = clients.owners * clients.n_items + clients.items
     owners = np.repeat(clients.owners, negatives)
     drawn = owners * clients.n_items + rng.integers(clients.n_items, size=owners.size)
-    pairs = np.unique(np.concatenate([own, drawn]))
-    counts = np.bincount(pairs // clients.n_items, minlength=len(clients)).astype(np.int64)
-    touched = Clients(counts, pairs % clients.n_items, clients.n_items)
-    return touched, np.isin(pairs, own, assume_unique=True)
+    # The last bit sorts a positive before negatives of the same client and item.
+    marked = np.sort(np.concatenate([2 * own, 2 * drawn + 1]))
+    marked = marked[np.append(True, np.diff(marked >> 1) > 0)]
+    owner, item = np.divmod(marked >> 1, clients.n_items)
+    counts = np.bincount(owner, minlength=len(clients)).astype(np.int64)
+    return Clients(counts, item, clients.n_items), marked % 2 == 0
 
 
 def local_training(

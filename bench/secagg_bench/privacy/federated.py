@@ -225,7 +225,7 @@ def gradients(
     vectors = np.empty((len(clients), model.factors.shape[1]), dtype=np.float32)
     own = np.empty(clients.items.size, dtype=np.float32)
     others = np.empty((len(clients), negatives.size), dtype=np.float32)
-    for rows, places, batch in _batches(clients, negatives.size):
+    for rows, places, batch in clients.batches(_ENTRIES, negatives.size):
         problem = _Problem(model, batch, negatives)
         vectors[rows] = problem.fit(settings.l2, settings.newton_steps)
         own[places], others[rows] = problem.errors(vectors[rows])
@@ -244,7 +244,7 @@ def fit_users(
     return np.concatenate(
         [
             _Problem(model, batch, negatives).fit(settings.l2, settings.newton_steps)
-            for _, _, batch in _batches(clients, negatives.size)
+            for _, _, batch in clients.batches(_ENTRIES, negatives.size)
         ]
     )
 
@@ -256,7 +256,7 @@ def losses(
     return np.concatenate(
         [
             problem.losses(problem.fit(settings.l2, settings.newton_steps))
-            for _, _, batch in _batches(clients, negatives.size)
+            for _, _, batch in clients.batches(_ENTRIES, negatives.size)
             for problem in [_Problem(model, batch, negatives)]
         ]
     )
@@ -272,19 +272,6 @@ def scores_of(
         return vectors[users] @ model.factors.T + model.bias
 
     return scores
-
-
-def _batches(
-    clients: Clients, width: int
-) -> Iterator[tuple[slice, slice, Clients]]:
-    """Clients in batches that fit into memory, with their rows and the places of their items."""
-    size = max(1, _ENTRIES // width)
-    ends = np.cumsum(clients.counts)
-    for start in range(0, len(clients), size):
-        stop = min(start + size, len(clients))
-        places = slice(int(clients.first[start]), int(ends[stop - 1]))
-        batch = Clients(clients.counts[start:stop], clients.items[places], clients.n_items)
-        yield slice(start, stop), places, batch
 
 
 class _Problem:

@@ -5,6 +5,7 @@ A larger population is a bootstrap of the real one. Read `mechanism` next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +85,24 @@ class Clients:
     def totals(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """Sum of one value a positive over those of each item: float64 of shape (n_items,)."""
         return np.bincount(self.items, weights=values, minlength=self.n_items)
+
+    def batches(self, entries: int, width: int = 0) -> Iterator[tuple[slice, slice, Clients]]:
+        """Clients in batches, with their rows and the places of their items.
+
+        Args:
+            entries: that fit into a batch: of ``width`` a client, and one an item.
+        """
+        ends = np.cumsum(self.counts + width)
+        start, total = 0, int(ends[-1])
+        for end in range(entries, total + entries, entries):
+            stop = int(np.searchsorted(ends, end, side="right"))
+            if end >= total:
+                stop = len(self)
+            if stop > start:
+                places = slice(int(self.first[start]), int(self.first[start:stop][-1] + self.counts[stop - 1]))
+                batch = Clients(self.counts[start:stop], self.items[places], self.n_items)
+                yield slice(start, stop), places, batch
+                start = stop
 
 
 def bootstrap(clients: Clients, count: int, keep: float, rng: np.random.Generator) -> Clients:

@@ -24,7 +24,7 @@ TASK_STATE_FINISHED: TaskState
 TASK_STATE_FAILED: TaskState
 
 class TaskSpec(_message.Message):
-    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients", "selected_clients")
+    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients", "selected_clients", "adaptive_clip")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class TaskSpec(_message.Message):
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SELECTED_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_CLIP_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     plan: _plan_pb2.Plan
     rounds: int
@@ -39,7 +40,16 @@ class TaskSpec(_message.Message):
     max_attempts: int
     target_clients: int
     selected_clients: int
-    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ..., selected_clients: _Optional[int] = ...) -> None: ...
+    adaptive_clip: AdaptiveClip
+    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ..., selected_clients: _Optional[int] = ..., adaptive_clip: _Optional[_Union[AdaptiveClip, _Mapping]] = ...) -> None: ...
+
+class AdaptiveClip(_message.Message):
+    __slots__ = ("quantile", "rate")
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    quantile: float
+    rate: float
+    def __init__(self, quantile: _Optional[float] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class CreateTaskRequest(_message.Message):
     __slots__ = ("spec", "model_data")
@@ -50,10 +60,12 @@ class CreateTaskRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., model_data: _Optional[bytes] = ...) -> None: ...
 
 class CreateTaskResponse(_message.Message):
-    __slots__ = ("state",)
+    __slots__ = ("state", "note")
     STATE_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     state: TaskState
-    def __init__(self, state: _Optional[_Union[TaskState, str]] = ...) -> None: ...
+    note: str
+    def __init__(self, state: _Optional[_Union[TaskState, str]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -72,20 +84,40 @@ class ListTasksResponse(_message.Message):
     def __init__(self, tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
-    __slots__ = ("spec", "state", "rounds_done", "model_version", "reason", "created_at")
+    __slots__ = ("spec", "state", "rounds_done", "model_version", "reason", "created_at", "privacy", "clip")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_DONE_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     spec: TaskSpec
     state: TaskState
     rounds_done: int
     model_version: int
     reason: str
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., rounds_done: _Optional[int] = ..., model_version: _Optional[int] = ..., reason: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    privacy: TaskPrivacy
+    clip: float
+    def __init__(self, spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., state: _Optional[_Union[TaskState, str]] = ..., rounds_done: _Optional[int] = ..., model_version: _Optional[int] = ..., reason: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., privacy: _Optional[_Union[TaskPrivacy, _Mapping]] = ..., clip: _Optional[float] = ...) -> None: ...
+
+class TaskPrivacy(_message.Message):
+    __slots__ = ("mode", "noise_multiplier", "epsilon_spent", "epsilon", "delta", "releases_left")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_SPENT_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    RELEASES_LEFT_FIELD_NUMBER: _ClassVar[int]
+    mode: _plan_pb2.PrivacyMode
+    noise_multiplier: float
+    epsilon_spent: float
+    epsilon: float
+    delta: float
+    releases_left: int
+    def __init__(self, mode: _Optional[_Union[_plan_pb2.PrivacyMode, str]] = ..., noise_multiplier: _Optional[float] = ..., epsilon_spent: _Optional[float] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., releases_left: _Optional[int] = ...) -> None: ...
 
 class GetTaskRequest(_message.Message):
     __slots__ = ("task_id", "page_size", "page_token")
@@ -108,7 +140,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class RoundRecord(_message.Message):
-    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at")
+    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at", "clip")
     ROUND_NUMBER_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +155,7 @@ class RoundRecord(_message.Message):
     RELEASE_MS_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     round_number: int
     attempt: int
     state: _round_pb2.RoundState
@@ -137,7 +170,8 @@ class RoundRecord(_message.Message):
     release_ms: float
     created_at: _timestamp_pb2.Timestamp
     ended_at: _timestamp_pb2.Timestamp
-    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., release_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    clip: float
+    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., release_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class AbortTaskRequest(_message.Message):
     __slots__ = ("task_id",)
