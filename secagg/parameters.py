@@ -558,6 +558,16 @@ class Plan:
         return sum(layout.blocks for layout in self.layouts)
 
     @property
+    def released_abs(self) -> tuple[int, ...]:
+        """Magnitude that nothing released of a segment exceeds, the key holder's noise included."""
+        by_clients = self.privacy is None or self.privacy.by_clients
+        stds = [0] * len(self.layouts) if by_clients else self.noise_stds
+        return tuple(
+            layout.sum_abs + NOISE_TAIL * std
+            for layout, std in zip(self.layouts, stds, strict=True)
+        )
+
+    @property
     def payload_bytes(self) -> int:
         """Exact ciphertext bytes of one upload."""
         return self.blocks * BLOCK_BYTES

@@ -20,6 +20,7 @@ from secagg.commands import (
     print_table,
     version,
 )
+from secagg.errors import ConfigurationError
 from secagg.options import with_settings
 from secagg_client.config import ClientSettings, identity_in
 from secagg_client.switch import Switch
@@ -161,11 +162,31 @@ def prepare_command(
     settings: ClientSettings,
     folder: Annotated[Path, typer.Argument(help="folder for task.toml and initial.npz")],
     rounds: Annotated[int, typer.Option(help="rounds of training")] = 25,
+    privacy: Annotated[
+        str | None,
+        typer.Option(help="who adds noise: release (key holder), distributed or local (clients)"),
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="privacy budget of all rounds")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="of the budget; well below 1 over the clients")
+    ] = None,
 ) -> None:
-    """Write the recommender's task and initial model, for `secagg-server task create`."""
-    from secagg_client.prepare import prepare
+    """Write the recommender's task and initial model, for `secagg-server task create`.
 
-    prepare(settings, folder, rounds=rounds)
+    With --privacy, --epsilon and --delta, each client's contributions are protected by noise, and
+    all clients weigh equally.
+    """
+    from secagg_client.prepare import PrivacyWish, prepare
+
+    wish = None
+    if privacy is not None and epsilon is not None and delta is not None:
+        wish = PrivacyWish(privacy, epsilon, delta)
+    elif (privacy, epsilon, delta) != (None, None, None):
+        raise ConfigurationError(
+            f"expected --privacy, --epsilon and --delta together; got {privacy=}, {epsilon=}, "
+            f"{delta=}; give all three, such as --privacy release --epsilon 8 --delta 1e-5"
+        )
+    prepare(settings, folder, rounds=rounds, privacy=wish)
     out.print(f"wrote {folder / 'task.toml'} and {folder / 'initial.npz'}", highlight=False)
 
 

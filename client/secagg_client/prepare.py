@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from secagg.errors import ConfigurationError
 from secagg_client.config import ClientSettings
 from secagg_client.data import load_dataset
 from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, init_shared
 
-__all__ = ["prepare"]
+__all__ = ["PrivacyWish", "prepare"]
 
 # Clips one update in twenty of a run on MovieLens 100K in eight silos, all in its first rounds.
 _CLIP = 40.0
@@ -25,9 +27,7 @@ rounds = {rounds}
 
 [update]
 clip = {clip}
-weighting = "samples"
-weight_cap = {weight_cap}
-
+{weighting}
 [[update.tensors]]
 name = "{bias}"
 shape = [{items}]
@@ -37,9 +37,60 @@ name = "{factors}"
 shape = [{items}, {dimensions}]
 """
 
+_BY_SAMPLES = """\
+weighting = "samples"
+weight_cap = {weight_cap}
+"""
 
-def prepare(settings: ClientSettings, folder: Path, *, rounds: int) -> None:
+# Equal weights: how many samples a client has is private too.
+_PRIVATELY = """\
+weighting = "equal"
+"""
+
+_PRIVACY = """
+[privacy]
+mode = "{mode}"
+epsilon = {epsilon!r}
+delta = {delta!r}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyWish:
+    """Differential privacy for each client of a task to be.
+
+    Attributes:
+        mode: who adds the noise: ``"release"``, ``"distributed"`` or ``"local"``.
+        epsilon, delta: the budget of all rounds together.
+
+    Raises:
+        ConfigurationError: not a mode, or not a budget.
+    """
+
+    mode: str
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("release", "distributed", "local"):
+            raise ConfigurationError(
+                f"expected a privacy mode of release, distributed or local; got {self.mode!r}"
+            )
+        if not (0.0 < self.epsilon <= 1e6 and 1e-30 <= self.delta <= 0.1):
+            raise ConfigurationError(
+                "expected epsilon above 0, up to 1e6, and delta from 1e-30 to 0.1; got "
+                f"epsilon={self.epsilon}, delta={self.delta}; 8 and 1e-5 are usual"
+            )
+
+
+def prepare(
+    settings: ClientSettings, folder: Path, *, rounds: int, privacy: PrivacyWish | None = None
+) -> None:
     """Write ``task.toml`` and ``initial.npz`` into a folder.
+
+    Args:
+        privacy: noise, and what it may cost; None for exact sums. The noise is as little as the
+            rounds allow, which the server computes.
 
     Raises:
         DataError: the data cannot be used.
@@ -53,12 +104,14 @@ def prepare(settings: ClientSettings, folder: Path, *, rounds: int) -> None:
         clients=settings.silos,
         rounds=rounds,
         clip=_CLIP,
-        weight_cap=_WEIGHT_CAP,
+        weighting=_PRIVATELY if privacy else _BY_SAMPLES.format(weight_cap=_WEIGHT_CAP),
         bias=ITEM_BIAS,
         factors=ITEM_FACTORS,
         items=items,
         dimensions=settings.dimensions,
     )
+    if privacy:
+        text += _PRIVACY.format(mode=privacy.mode, epsilon=privacy.epsilon, delta=privacy.delta)
     (folder / "task.toml").write_text(text, encoding="utf-8")
     shared = init_shared(items, settings.dimensions, settings.seed)
     np.savez(folder / "initial.npz", **shared)  # type: ignore[arg-type]  # names are ours

@@ -430,7 +430,7 @@ def sums_to_bytes(sums: Sequence[NDArray[np.int64]]) -> bytes:
 
 
 def sums_from_bytes(data: bytes, plan: Plan) -> tuple[NDArray[np.int64], ...]:
-    """Exact sums of a plan.
+    """What was released under a plan.
 
     Raises:
         MalformedError: not exactly the plan's values, or one beyond its planned range.
@@ -438,7 +438,7 @@ def sums_from_bytes(data: bytes, plan: Plan) -> tuple[NDArray[np.int64], ...]:
     sizes = [layout.values for layout in plan.layouts]
     flat = np.frombuffer(exact("sums", data, sum(sizes) * _SUM_VALUE_BYTES), dtype="<i8")
     parts = np.split(flat.astype(np.int64), np.cumsum(sizes)[:-1])
-    for layout, part in zip(plan.layouts, parts, strict=True):
-        if max(int(part.max()), -int(part.min())) > layout.sum_abs:
+    for most, part in zip(plan.released_abs, parts, strict=True):
+        if max(int(part.max()), -int(part.min())) > most:
             raise MalformedError("expected sums within the planned range; one is beyond")
     return tuple(parts)

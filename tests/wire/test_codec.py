@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import tracemalloc
 from collections.abc import Callable
 
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 
 from secagg.context import ContextId
 from secagg.errors import ContextError, MalformedError, PlanError
-from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, Plan, TensorSpec
+from secagg.parameters import (
+    FloatSegment,
+    IntegerSegment,
+    NormCheck,
+    Plan,
+    Privacy,
+    RowThreshold,
+    TensorSpec,
+)
 from secagg.planner import make_plan
 from secagg.receipts import Receipt
 from secagg.sealing import SEALED_SEED_BYTES
@@ -70,6 +79,16 @@ CHECKS = st.builds(
 )
 
 
+PRIVACY = st.builds(
+    Privacy,
+    st.sampled_from(["release", "distributed", "local"]),
+    st.floats(0.1, 2.0),
+    st.floats(0.1, 100.0),
+    st.floats(1e-12, 1e-2),
+    integer_share=st.floats(0.01, 0.99),
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     fewest = draw(st.integers(3, 50))
@@ -77,7 +96,11 @@ def plans(draw: st.DrawFn) -> Plan:
     segments = draw(SEGMENTS)
     check = draw(CHECKS) if any(segment.norm_bound for segment in segments) else None
     check = draw(st.sampled_from([None, check]))
-    return make_plan(segments, min_clients=fewest, max_clients=most, norm_check=check)
+    weighted = any(isinstance(s, FloatSegment) and s.weighted for s in segments)
+    privacy = None if weighted else draw(st.none() | PRIVACY)
+    return make_plan(
+        segments, min_clients=fewest, max_clients=most, norm_check=check, privacy=privacy
+    )
 
 
 CONTEXTS = st.builds(ContextId, TASK_IDS, NUMBERS, NUMBERS, DIGESTS, DIGESTS, DIGESTS)
@@ -130,6 +153,17 @@ def test_a_verdict_comes_back_equal(verdict: Verdict) -> None:
 def test_a_direction_check_comes_back_with_its_cosine_or_without_one(cosine: float | None) -> None:
     segment = FloatSegment("update", (TensorSpec("w", (20_000,)),), 1.0)
     plan = make_plan([segment], max_clients=5, norm_check=NormCheck(min_cosine=cosine))
+    back = codec.plan_from_wire(codec.plan_to_wire(plan))
+    assert back == plan
+    assert back.digest == plan.digest
+
+
+def test_rows_a_clip_bit_and_a_threshold_come_back() -> None:
+    table = FloatSegment("t", (TensorSpec("w", (30, 3)),), 1.0, 12, rows=30, clip_bit=True)
+    counts = IntegerSegment("contributors", 30, 1)
+    threshold = RowThreshold("contributors", 4)
+    privacy = Privacy("distributed", 1.0, 8.0, 1e-5, honest_clients=2)
+    plan = make_plan([table, counts], max_clients=9, threshold=threshold, privacy=privacy)
     back = codec.plan_from_wire(codec.plan_to_wire(plan))
     assert back == plan
     assert back.digest == plan.digest
@@ -343,6 +377,20 @@ def integers(message: plan_pb2.Plan) -> plan_pb2.IntegerSegment:
     return message.segments[1].integers
 
 
+def private(message: plan_pb2.Plan, **fields: float) -> None:
+    """Ask for noise; of equal weights, as it must be."""
+    floats(message).weighting = plan_pb2.WEIGHTING_EQUAL
+    floats(message).weight_cap = 1
+    wanted = {
+        "mode": plan_pb2.PRIVACY_MODE_RELEASE,
+        "noise_multiplier": 1.0,
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "integer_share": 0.1,
+    }
+    message.privacy.CopyFrom(plan_pb2.Privacy(**wanted | fields))  # type: ignore[arg-type]
+
+
 def rename(message: plan_pb2.Plan, name: str) -> None:
     message.segments[1].name = name
 
@@ -376,6 +424,58 @@ BAD_PLANS: dict[str, tuple[Callable[[plan_pb2.Plan], object], type[Exception], s
         lambda m: setattr(floats(m), "weighting", 77),
         MalformedError,
         "known weighting; got number 77",
+    ),
+    "privacy without a mode": (lambda m: private(m, mode=0), MalformedError, "known privacy mode"),
+    "an unknown mode": (lambda m: private(m, mode=9), MalformedError, "mode; got number 9"),
+    "no noise": (lambda m: private(m, noise_multiplier=0.0), PlanError, "noise_multiplier from"),
+    "NaN noise": (lambda m: private(m, noise_multiplier=math.nan), PlanError, "noise_multiplier"),
+    "no epsilon": (lambda m: private(m, epsilon=0.0), PlanError, "epsilon above 0"),
+    "all of delta": (lambda m: private(m, delta=1.0), PlanError, "delta from"),
+    "no share for integers": (lambda m: private(m, integer_share=0.0), PlanError, "integer_share"),
+    "honest clients of a release": (lambda m: private(m, honest_clients=1), PlanError, "from 0 to"),
+    "more honest clients than there may be": (
+        lambda m: private(m, mode=plan_pb2.PRIVACY_MODE_DISTRIBUTED, honest_clients=1_000_001),
+        PlanError,
+        "honest_clients from 0",
+    ),
+    "more honest clients than the smallest cohort has": (
+        lambda m: private(m, mode=plan_pb2.PRIVACY_MODE_DISTRIBUTED, honest_clients=1_000_000),
+        PlanError,
+        "would work",
+    ),
+    "noise that no modulus holds": (
+        lambda m: private(m, mode=plan_pb2.PRIVACY_MODE_LOCAL, noise_multiplier=1e6),
+        PlanError,
+        "would work",
+    ),
+    "privacy of weighted updates": (
+        lambda m: m.privacy.CopyFrom(
+            plan_pb2.Privacy(
+                mode=plan_pb2.PRIVACY_MODE_RELEASE,
+                noise_multiplier=1.0,
+                epsilon=8.0,
+                delta=1e-5,
+                integer_share=0.1,
+            )
+        ),
+        PlanError,
+        "equal weights",
+    ),
+    "rows that no tensor has": (lambda m: setattr(floats(m), "rows", 1 << 62), PlanError, "rows"),
+    "a clip bit beside a weight": (
+        lambda m: setattr(floats(m), "clip_bit", True),
+        PlanError,
+        "equal weights",
+    ),
+    "a threshold without rows": (
+        lambda m: m.threshold.CopyFrom(plan_pb2.RowThreshold(counts="counts", least=3)),
+        PlanError,
+        "rows that stay apart",
+    ),
+    "a threshold of nobody": (
+        lambda m: m.threshold.CopyFrom(plan_pb2.RowThreshold(counts="counts", least=1)),
+        PlanError,
+        "least from 2",
     ),
     "no tensors": (lambda m: floats(m).ClearField("tensors"), PlanError, "one or more"),
     "tensors out of order": (

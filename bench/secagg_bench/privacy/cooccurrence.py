@@ -1,11 +1,16 @@
 """Recommending from one noisy co-occurrence table: two releases, no training.
 
 Everybody contributes which items it has (as `federated` does), then which pairs of the most popular
-ones, each as a vector of norm 1. What follows is post-processing: eigenvalues below the edge of the
-noise's spectrum are dropped and the others shrunk (Gavish and Donoho 2017, "Optimal shrinkage of
-singular values"), and the item-item weights are EASE's (Steck 2019, "Embarrassingly Shallow
-Autoencoders for Sparse Data"), of low rank by then: an item table of so many dimensions, from
-which users make their own vectors. Read `membership` next.
+ones, each as a vector of norm 1. What follows is post-processing, in one of two ways.
+
+* **Few users with many items**: the table is of low rank. Eigenvalues below the edge of the noise's
+  spectrum are dropped, the others shrunk (Gavish and Donoho 2017, "Optimal shrinkage of singular
+  values"), and the item-item weights are EASE's (Steck 2019, "Embarrassingly Shallow Autoencoders
+  for Sparse Data"): an item table of so few dimensions, from which users make their own vectors.
+* **Many users with few items**: the table is sparse. Entries that noise explains are dropped, the
+  others become cosines, as between neighbouring items.
+
+Read `membership` next.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ __all__ = ["Cooccurrence", "ItemWeights", "Pairs", "train"]
 
 _CHUNK = 4096  # clients at a time
 _LEAST_NOISE = 1e-6
+_LEAST_LENGTH = 0.5  # what an item's diagonal is at the least, where noise made it less
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +40,15 @@ class Cooccurrence:
     Attributes:
         items: how many of the most popular items are paired.
         popularity_share: part of the budget for choosing them, and for ranking all others.
-        ridge: added to the table before it is inverted.
+        threshold: in standard deviations of the noise, for tables that are sparse; 0 for tables
+            of low rank.
+        ridge: added to a table of low rank before it is inverted.
         popularity_weight: of log-popularity in scores.
     """
 
     items: int = 500
     popularity_share: float = 0.15
+    threshold: float = 0.0
     ridge: float = 10.0
     popularity_weight: float = 0.01
 
@@ -99,7 +108,11 @@ def train(clients: Clients, settings: Cooccurrence, channel: Channel) -> ItemWei
     chosen = np.argsort(-counts, kind="stable")[: settings.items].astype(np.int64)
     multiplier = channel.budget.multiplier(1 - settings.popularity_share)
     released = channel.release(Pairs(clients, chosen), multiplier)
-    weights = _weights(_symmetric(released.total, chosen.size), multiplier, settings.ridge)
+    table = _symmetric(released.total, chosen.size)
+    if settings.threshold > 0:
+        weights = _cosines(table, settings.threshold * multiplier)
+    else:
+        weights = _low_rank(table, multiplier, settings.ridge)
     return ItemWeights(weights, chosen, settings.popularity_weight * np.log(counts))
 
 
@@ -127,7 +140,16 @@ def _symmetric(triangle: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     return table + np.triu(table, 1).T
 
 
-def _weights(table: NDArray[np.float64], noise: float, ridge: float) -> NDArray[np.float32]:
+def _cosines(table: NDArray[np.float64], threshold: float) -> NDArray[np.float32]:
+    """Cosines between items, of entries above the threshold, shrunk by half of it."""
+    kept = np.where(table > threshold, table - threshold / 2, 0.0)
+    lengths = np.sqrt(np.maximum(np.diag(table), _LEAST_LENGTH))
+    kept /= lengths[:, None] * lengths[None, :]
+    np.fill_diagonal(kept, 0.0)
+    return kept.astype(np.float32)
+
+
+def _low_rank(table: NDArray[np.float64], noise: float, ridge: float) -> NDArray[np.float32]:
     """Item-item weights of the table without its noise, of the given standard deviation."""
     values, vectors = np.linalg.eigh(table)
     edge = 2.0 * max(noise, _LEAST_NOISE) * np.sqrt(values.size)
