@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from secagg.encryptor import Encryptor
     from secagg.errors import SecaggError
     from secagg.keyholder import KeyHolder
-    from secagg.parameters import FloatSegment, IntegerSegment, NormCheck, Plan, TensorSpec
+    from secagg.parameters import (
+        FloatSegment,
+        IntegerSegment,
+        NormCheck,
+        Plan,
+        Privacy,
+        RowThreshold,
+        TensorSpec,
+    )
     from secagg.planner import explain, make_plan, plan_integers, plan_tensors
+    from secagg.privacy import release_rho
     from secagg.receipts import SigningKey
     from secagg.release import Release
     from secagg.sampling import Stream
@@ -38,6 +47,8 @@ _HOME = {
     "IntegerSegment": "parameters",
     "KeyHolder": "keyholder",
     "Plan": "parameters",
+    "Privacy": "parameters",
+    "RowThreshold": "parameters",
     "Release": "release",
     "RoundContext": "context",
     "SecaggError": "errors",
@@ -45,6 +56,7 @@ _HOME = {
     "Stream": "sampling",
     "TensorSpec": "parameters",
     "Upload": "upload",
+    "release_rho": "privacy",
     "explain": "planner",
     "make_plan": "planner",
     "plan_integers": "planner",
@@ -61,8 +73,10 @@ __all__ = [
     "KeyHolder",
     "NormCheck",
     "Plan",
+    "Privacy",
     "Release",
     "RoundContext",
+    "RowThreshold",
     "SecaggError",
     "SigningKey",
     "Sketch",
@@ -74,6 +88,7 @@ __all__ = [
     "make_plan",
     "plan_integers",
     "plan_tensors",
+    "release_rho",
 ]
 
 

@@ -27,7 +27,7 @@ from secagg.parameters import (
     Plan,
     Privacy,
 )
-from secagg.planner import FAILURE_BITS, Fact, explain, mean_noise, plan_tensors
+from secagg.planner import FAILURE_BITS, PRIVATE_MARGIN, Fact, explain, mean_noise, plan_tensors
 from secagg.privacy import release_rho
 from secagg.sketch_shape import sketch_bytes
 
@@ -93,6 +93,7 @@ def plan_command(
             "expected --privacy with a budget; got a budget alone; add --privacy release, "
             "distributed or local"
         )
+    check = NormCheck() if wanted is None else NormCheck(PRIVATE_MARGIN)
     plan = plan_tensors(
         parameters,
         max_clients=clients,
@@ -101,7 +102,7 @@ def plan_command(
         bits=bits,
         weighting="equal" if weight_cap is None else "samples",
         weight_cap=1 if weight_cap is None else weight_cap,
-        norm_check=NormCheck() if norm_check else None,
+        norm_check=check if norm_check else None,
         privacy=wanted,
     )
     cost = None if plan.privacy is None else _Cost.of(plan, plan.privacy, rounds)
@@ -125,7 +126,7 @@ def _privacy(
             f"expected a budget with --privacy: --epsilon and --delta; got {epsilon=}, {delta=}; "
             "give both, such as --epsilon 8 --delta 1e-5"
         )
-    least = noise_multiplier_for(epsilon, delta, rounds)
+    least = max(noise_multiplier_for(epsilon, delta, rounds), 0.01)  # that a plan can have
     noise = least if noise_multiplier is None else noise_multiplier
     return Privacy(mode.value, noise, epsilon, delta, honest_clients)
 

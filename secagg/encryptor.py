@@ -18,6 +18,7 @@ from secagg.context import RoundContext
 from secagg.errors import ContextError, InputError, SchemaError
 from secagg.onetime import errors, fresh_seed, message_salt, secret
 from secagg.packing import pack
+from secagg.parameters import Plan
 from secagg.quantize import Contribution, Quantized, quantize
 from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
 from secagg.residues import narrow
@@ -25,7 +26,7 @@ from secagg.sampling import Stream
 from secagg.sealing import seal, seal_info
 from secagg.upload import Admission, Upload
 
-__all__ = ["Encryptor", "encrypt_integers", "encrypt_quantized"]
+__all__ = ["Encryptor", "encrypt_integers", "encrypt_quantized", "upload_integers"]
 
 
 class Encryptor:
@@ -107,19 +108,35 @@ def encrypt_quantized(
             "expected the server's commitment to its challenge exactly where the plan has a norm "
             "check; pass the one that came with the round"
         )
-    parts = [part.values for part in quantized]
-    parts += [part.noise for part in quantized if part.noise is not None]
-    if len(parts) != len(context.plan.upload_layouts):
+    parts = upload_integers(context.plan, quantized)
+    for layout, most, part in zip(
+        context.plan.upload_layouts, context.plan.upload_abs, parts, strict=True
+    ):
+        if part.shape != (layout.values,) or np.abs(part).max(initial=0) > most:
+            raise InputError(
+                f"expected {layout.values} integers of magnitude up to {most}; got others; "
+                "quantise with the round's plan"
+            )
+    return encrypt_integers(context, parts, identity, commitment)
+
+
+def upload_integers(plan: Plan, quantized: Sequence[Quantized]) -> list[NDArray[np.int64]]:
+    """What an upload consists of: values and their noise, together or one after the other.
+
+    Raises:
+        InputError: noise is missing, or there is some that the plan has not.
+    """
+    if any(
+        (part.noise is None) == (layout.noise > 0)
+        for part, layout in zip(quantized, plan.layouts, strict=True)
+    ):
         raise InputError(
             "expected noise exactly where the plan has clients add it; quantise with it"
         )
-    for layout, part in zip(context.plan.upload_layouts, parts, strict=True):
-        if np.abs(part).max(initial=0) > layout.max_abs:
-            raise InputError(
-                f"expected integers of magnitude up to {layout.max_abs}; got one beyond; quantise "
-                "with the round's plan"
-            )
-    return encrypt_integers(context, parts, identity, commitment)
+    if not plan.noise_layouts:
+        return [part.summand for part in quantized]
+    noises = [part.noise for part in quantized if part.noise is not None]
+    return [part.values for part in quantized] + noises
 
 
 def encrypt_integers(
@@ -133,7 +150,7 @@ def encrypt_integers(
     Any client can send what this encrypts; an honest one has `encrypt_quantized` look at it first.
 
     Args:
-        parts: int64 of shape (segment.values,) each; where clients add noise, one more a segment.
+        parts: int64 of shape (layout.values,) for each of the plan's upload_layouts.
     """
     salt = message_salt(context.id.digest, parts)
     seed = fresh_seed(salt)

@@ -367,11 +367,12 @@ class Layout:
         digits: integers in one coefficient.
         shift: s, log2 of the grid.
         guard: G, the largest noise of a sum, up to the plan's failure probability; 2**s > 2G.
-        norm: T, the L2 norm that one honest client's integers do not exceed; 0 where it is not
-            checked.
+        norm: T, the L2 norm that one honest client's integers do not exceed, with their noise if
+            they share ciphertexts; 0 where it is not checked.
         tolerance: what clients that the norm check lets through may add to a summed integer beyond
             an honest client's share; 0 without a check.
-        noise: standard deviation of the noise that each client adds to each integer; 0 for none.
+        noise: standard deviation of the noise that each client adds to each integer, in this
+            layout or in one apart; 0 for none.
     """
 
     values: int
@@ -482,8 +483,17 @@ class Privacy:
 
     @property
     def by_clients(self) -> bool:
-        """Whether clients add the noise, in ciphertexts of its own."""
+        """Whether clients add the noise."""
         return self.mode != "release"
+
+    @property
+    def apart(self) -> bool:
+        """Whether noise has ciphertexts of its own, so that the update's norm is checked alone.
+
+        In mode ``"local"`` it has not: then nobody can open an update without its noise, not even
+        server and key holder together.
+        """
+        return self.mode == "distributed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,8 +538,8 @@ class Plan:
         threshold: which rows are withheld; None for none.
         noise_stds: standard deviation, in quantisation steps, of the privacy noise that is drawn
             for each integer of each segment: for the sum, or for one client; none without.
-        noise_layouts: where clients add noise, one for each segment, laid out like the segment it
-            is added to; its ciphertexts follow those of all segments in the upload.
+        noise_layouts: where noise has ciphertexts of its own, one for each segment, laid out like
+            the segment it is added to; they follow those of all segments in the upload.
     """
 
     segments: tuple[Segment, ...]
@@ -546,6 +556,14 @@ class Plan:
     def upload_layouts(self) -> tuple[Layout, ...]:
         """Of each run of blocks in an upload: the segments', then their noises'."""
         return self.layouts + self.noise_layouts
+
+    @property
+    def upload_abs(self) -> tuple[int, ...]:
+        """Largest magnitude of one client's integers in each of these."""
+        within = self.privacy is not None and self.privacy.by_clients and not self.noise_layouts
+        return tuple(
+            layout.max_abs + within * NOISE_TAIL * layout.noise for layout in self.upload_layouts
+        )
 
     @property
     def blocks(self) -> int:

@@ -19,7 +19,8 @@ With a norm check (docs/checks.md), for honest norms of at most T and f clients 
 With noise by the clients (docs/privacy.md), of standard deviation t and norms of at most T':
 
 * R grows by 10 t sqrt(n) for the noise of a sum, and by f 1.5 T'. B >= 9 (1 + margin) T' as well.
-* Noise has ciphertexts of its own, so that a sum is one of 2n, and G that of 2n.
+* Noise that has ciphertexts of its own makes a sum one of 2n, and G that of 2n. Where it has not,
+  T is the norm of both together.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from secagg.parameters import (
     Weighting,
     check_ring,
 )
-from secagg.privacy import multipliers, noise_norm, release_rho, share_std
+from secagg.privacy import multipliers, noise_norm, noisy_norm, release_rho, share_std
 from secagg.sampling import CBD_BITS, ERROR_STD
 from secagg.sketch_shape import (
     SKETCH_SIGMAS,
@@ -79,6 +80,10 @@ FAILURE_BITS = 40
 
 
 _AUDITED_NOISE = 28  # the largest that a noise audit may let pass
+
+PRIVATE_MARGIN = 0.3
+"""Least margin of a norm check beside privacy: an honest update at its bound, estimated from 256
+values or more, is refused with probability 3e-11."""
 
 # What accepted updates may hold in one value: more than that, in one place, is refused. Spread over
 # one root, up to twice the bound can get past, in values far below it (docs/checks.md).
@@ -117,14 +122,14 @@ def make_plan(
         privacy = _resolved(privacy, segments, min_clients, norm_check)
     if threshold is not None:
         _check_threshold(segments, threshold)
-    doubled = privacy is not None and privacy.by_clients
+    doubled = privacy is not None and privacy.apart
     guard = _guard(max_clients << doubled, sum(segment.values for segment in segments) << doubled)
     if norm_check is not None:
         guard += _AUDITED_NOISE * norm_check.tolerated << doubled
     stds = _noise_stds(segments, privacy)
-    shares = stds if doubled else [0] * len(segments)
+    shares = stds if privacy and privacy.by_clients else [0] * len(segments)
     layouts = tuple(
-        _layout(segment, max_clients, guard, norm_check, share)
+        _layout(segment, max_clients, guard, norm_check, share, privacy)
         for segment, share in zip(segments, shares, strict=True)
     )
     return Plan(
@@ -288,6 +293,18 @@ def _resolved(
             'expected weighting="equal" with privacy: the number of samples is data as well, and a '
             "sum of weights under noise is nothing to divide by; use equal weights"
         )
+    if check is not None and check.min_cosine is not None:
+        raise PlanError(
+            "expected no min_cosine with privacy: a refusal for its direction tells something of "
+            "an update that no noise covers; leave min_cosine out"
+        )
+    # In mode "local" a verdict is on what is private already.
+    if check is not None and check.margin < PRIVATE_MARGIN and privacy.mode != "local":
+        raise PlanError(
+            f"expected a margin of at least {PRIVATE_MARGIN} with privacy, so that an honest "
+            "update is refused once in 10**10 times: how many contribute is public, and a refusal "
+            f"changes it; got margin={check.margin}; margin={PRIVATE_MARGIN} would work"
+        )
     if privacy.mode == "release":
         return privacy
     if privacy.mode == "local":
@@ -341,10 +358,20 @@ def _noise_stds(segments: Sequence[Segment], privacy: Privacy | None) -> list[in
 
 
 def _layout(
-    segment: Segment, clients: int, guard: int, check: NormCheck | None, noise: int
+    segment: Segment,
+    clients: int,
+    guard: int,
+    check: NormCheck | None,
+    noise: int,
+    privacy: Privacy | None,
 ) -> Layout:
     """The layout of a segment to which each client adds noise of this standard deviation."""
-    layout = _tightest(segment, clients, guard, check, noise)
+
+    def tightest(std: int) -> Layout:
+        apart = privacy is not None and privacy.apart
+        return _tightest(segment, clients, guard, check, std, apart=apart)
+
+    layout = tightest(noise)
     if layout.digits:
         return layout
     needed = (
@@ -352,38 +379,39 @@ def _layout(
         f"{segment.max_abs} needs {layout.base.bit_length()} bits above a grid of {layout.shift}, "
         f"but the modulus has {MODULUS.bit_length()}; "
     )
-    if noise and _tightest(segment, clients, guard, check, 0).digits:
-        # The largest noise that fits: whatever does has a smaller one that does, too.
-        fits = bisect.bisect_left(
-            range(noise),
-            True,
-            key=lambda std: not _tightest(segment, clients, guard, check, std).digits,
-        )
-        part = _rounded_down((fits - 1) / noise)
+    if privacy is not None and tightest(0).digits:
+        too_much = bisect.bisect_left(range(noise), 1, key=lambda std: not tightest(std).digits)
+        works = _rounded_down(privacy.noise_multiplier * (too_much - 1) / noise)
         raise PlanError(
-            f"{needed}noise of {part} times the standard deviation would work: plan a smaller "
-            "noise_multiplier, more honest_clients, or fewer bits"
+            f"{needed}noise_multiplier={works} would work, or more honest_clients, or fewer bits"
         )
     # Only integers can be too large: 16 bits of a million clients fit with room to spare.
-    works = ((MODULUS >> layout.shift) - 2) // 4 // clients
-    hint = f"max_abs={works} would work"
+    largest = ((MODULUS >> layout.shift) - 2) // 4 // clients
+    hint = f"max_abs={largest} would work"
     if check is not None and segment.norm_bound:
         hint = "plan a smaller max_abs or max_norm, fewer tolerated clients, or no norm check"
     raise PlanError(needed + hint)
 
 
 def _tightest(
-    segment: Segment, clients: int, guard: int, check: NormCheck | None, noise: int
+    segment: Segment,
+    clients: int,
+    guard: int,
+    check: NormCheck | None,
+    noise: int,
+    *,
+    apart: bool,
 ) -> Layout:
     """As many digits as fit; perhaps none."""
-    norm = longest = tolerance = least_base = 0
+    norm = tolerance = least_base = 0
     shift = (2 * guard).bit_length()
     if check is not None and segment.norm_bound:
-        norm = honest_norm(segment)
-        longest = noise_norm(noise, segment.values)
-        tolerance = check.tolerated * (math.ceil(_BEYOND * norm) + math.ceil(_BEYOND * longest))
-        least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * max(norm, longest))
+        norm, longest = honest_norm(segment), noise_norm(noise, segment.values)
         shift = max(shift, quietest_shift(norm, segment.values))
+        norms = [norm, longest] if apart else [noisy_norm(norm, noise, longest)]
+        norm = norms[0]
+        tolerance = check.tolerated * sum(math.ceil(_BEYOND * each) for each in norms)
+        least_base = math.ceil(SKETCH_SIGMAS * 2 * (1 + check.margin) * max(norms))
     sum_abs = clients * segment.max_abs + tolerance
     layout = Layout(
         segment.values, segment.max_abs, sum_abs, 2, 0, shift, guard, norm, tolerance, noise

@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from secagg.parameters import FloatSegment, Plan, Privacy, Segment
 from secagg.sketch_shape import honest_norm
 
-__all__ = ["multipliers", "noise_norm", "release_rho", "sensitivity", "share_std"]
+__all__ = [
+    "multipliers",
+    "noise_norm",
+    "noisy_norm",
+    "release_rho",
+    "sensitivity",
+    "share_std",
+]
 
 SMALLEST_SHARE = 2
 """Standard deviation of a client's share, at the least: then a sum of shares is a discrete Gaussian
@@ -65,6 +72,21 @@ def noise_norm(std: int, count: int) -> int:
     return math.ceil(std * math.sqrt(count + 2 * math.sqrt(count * x) + 2 * x))
 
 
+def noisy_norm(norm: int, std: int, noise: int) -> int:
+    """L2 norm that an honest client's integers and their noise do not exceed together.
+
+    Their inner product is sub-Gaussian with a standard deviation of ``norm * std``.
+
+    Args:
+        norm: of the integers, at the most.
+        noise: of the noise, at the most; see `noise_norm`.
+    """
+    if not std:
+        return norm
+    across = math.sqrt(2 * _NORM_EXPONENT) * norm * std
+    return math.ceil(math.sqrt(norm**2 + noise**2 + 2 * across))
+
+
 def release_rho(plan: Plan) -> float:
     """zCDP of one release of a plan; infinity without privacy.
 
@@ -87,5 +109,4 @@ def _loss(privacy: Privacy, bound: float, std: int, values: int) -> float:
     tau = 10 * sum(
         math.exp(-2 * (math.pi * std) ** 2 * k / (k + 1)) for k in range(1, min(clients, 10_000))
     )
-    ratio = bound / (std * math.sqrt(clients))
-    return min(ratio**2 + tau * values / 2, (ratio + tau * math.sqrt(values)) ** 2) / 2
+    return (bound / (std * math.sqrt(clients)) + tau * math.sqrt(values)) ** 2 / 2

@@ -102,11 +102,11 @@ def quantize(
         _quantize_segment(segment, contributions[segment.name], samples, rotation, randomness)
         for segment in plan.segments
     ]
-    if not plan.noise_layouts:
-        return parts
     return [
         replace(part, noise=discrete_gaussian(randomness, layout.noise, layout.values))
-        for part, layout in zip(parts, plan.noise_layouts, strict=True)
+        if layout.noise
+        else part
+        for part, layout in zip(parts, plan.layouts, strict=True)
     ]
 
 

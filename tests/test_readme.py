@@ -54,6 +54,22 @@ def test_the_norm_check_lets_five_honest_clients_in() -> None:
     assert done.stdout.strip() == "5"
 
 
+def test_the_privacy_budget_has_room_for_the_releases_it_was_made_for() -> None:
+    match = re.search(r"<!-- privacy:.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    assert match, "the README has lost its privacy budget"
+    done = subprocess.run(
+        [sys.executable, "-c", match.group(1)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    mean, spent = done.stdout.strip().split("\n")
+    # 0.01, the noise of 1000 coordinates in the mean of 200: 0.001; clipping and rounding.
+    assert abs(float(mean) - 0.01) <= 0.01
+    assert re.fullmatch(r"epsilon 1\.\d spent, room for 19 more", spent)
+
+
 def test_numbers_are_those_of_the_result_files() -> None:
     from secagg_bench.readme import rendered
 

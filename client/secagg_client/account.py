@@ -38,7 +38,7 @@ def accounts_table(accounts: Sequence[Account], max_epsilon: float | None) -> No
             account.task,
             account.rounds,
             _plain(account.clip),
-            _noise(account.privacy),
+            _noise(account.clip, account.privacy),
             _epsilon(account.spent),
             _epsilon(account.at_most),
             _budget(account.privacy),
@@ -57,15 +57,15 @@ def entries_table(entries: Sequence[Entry]) -> None:
         (
             entry.round_number,
             entry.attempt,
-            entry.at,
+            entry.at.replace("T", " ").removesuffix("+00:00"),
             _plain(entry.clip),
             _plain(entry.bits),
-            _noise(entry.privacy),
+            _much(entry.clip, entry.privacy),
             _what_became(entry),
         )
         for entry in entries
     ]
-    columns = ("round", "attempt", "when", "clip norm", "bits", "noise", "what became of it")
+    columns = ("round", "attempt", "when (UTC)", "clip norm", "bits", "noise", "what became of it")
     print_table(columns, rows)
 
 
@@ -114,8 +114,15 @@ def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def _noise(privacy: Mapping[str, Any] | None) -> str:
-    """How much of it, measured by the clip norm, and whose."""
+def _much(clip: float | None, privacy: Mapping[str, Any] | None) -> str:
+    """How much noise: by the clip norm, or by the largest norm of integers."""
+    if privacy is None:
+        return "none"
+    return f"{privacy['noise_multiplier']:g} x {'norm' if clip is None else 'clip'}"
+
+
+def _noise(clip: float | None, privacy: Mapping[str, Any] | None) -> str:
+    """How much, and whose."""
     if privacy is None:
         return "none"
     whose = {
@@ -123,7 +130,7 @@ def _noise(privacy: Mapping[str, Any] | None) -> str:
         "distributed": f"by {privacy['honest_clients']} clients together",
         "local": "by this client",
     }
-    return f"{privacy['noise_multiplier']:g} x clip, {whose.get(privacy['mode'], privacy['mode'])}"
+    return f"{_much(clip, privacy)}, {whose[privacy['mode']]}"
 
 
 def _budget(privacy: Mapping[str, Any] | None) -> str:

@@ -15,7 +15,8 @@ What is counted:
   as released. A ledger that was restored from a backup, or begun anew, does not know of the last
   releases; clients, who never go back to a round before the newest they took part in, do. So the
   count is never too low for any of them, and no other rule is needed for restored ledgers. A server
-  that moves on after a round only if it was released, or void, has the same count.
+  that moves on after a round only if it was released, or void, has the same count. What a task
+  began with is lost with a ledger that is not restored; clients know it of their own.
 """
 
 from __future__ import annotations
@@ -85,11 +86,14 @@ class Account:
         if privacy is not None and not self.left:
             counted = self.releases + self.passed_over
             after = self._budget(privacy).spent(self.rho + self.rho_each)
+            do = "the task is over: use its newest model"
+            if not counted:
+                do = f"give the task more noise, or a budget of more than epsilon={after:.6g}"
             raise BudgetError(
                 "expected room for a release in the task's privacy budget, "
                 f"epsilon={privacy.epsilon:g} at delta={privacy.delta:g}; got "
                 f"{self.epsilon:.6g} spent by {counted} releases, and {after:.6g} with one more; "
-                "the task is over: use its newest model"
+                f"{do}"
             )
 
 

@@ -23,7 +23,7 @@ from secagg.parameters import (
     Segment,
     TensorSpec,
 )
-from secagg.planner import make_plan
+from secagg.planner import PRIVATE_MARGIN, make_plan
 from secagg.privacy import release_rho
 from secagg.settings import read_toml, validated
 from secagg.wire.codec import MODEL_VALUE_BYTES, plan_from_wire, plan_to_wire
@@ -41,6 +41,7 @@ _CLIP_REACH = 1000.0
 _FIRST_CLIPS = (1e-16, 1e16)
 _USUAL = NormCheck()
 _USUAL_INTEGER_SHARE = 0.1  # as in `Privacy`
+_LEAST_NOISE = 0.01  # that a plan can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +284,12 @@ class _NormCheck(_Section):
     tolerated: int = _USUAL.tolerated
     min_cosine: float | None = _USUAL.min_cosine
 
-    def check(self) -> NormCheck | None:
+    def check(self, *, private: bool) -> NormCheck | None:
         if not self.enabled:
             return None
-        return NormCheck(self.margin, self.sketches, self.tolerated, self.min_cosine)
+        wide = private and "margin" not in self.model_fields_set
+        margin = PRIVATE_MARGIN if wide else self.margin
+        return NormCheck(margin, self.sketches, self.tolerated, self.min_cosine)
 
 
 class _Privacy(_Section):
@@ -306,9 +309,11 @@ class _Privacy(_Section):
                 "clients"
             )
         noise = self.noise_multiplier
+        if noise is None:
+            noise = max(noise_multiplier_for(epsilon, delta, rounds), _LEAST_NOISE)
         return Privacy(
             self.mode,
-            noise_multiplier_for(epsilon, delta, rounds) if noise is None else noise,
+            noise,
             epsilon,
             delta,
             self.honest_clients,
@@ -370,7 +375,8 @@ class _TaskFile(_Section):
 def read_task(file: Path) -> TaskSpec:
     """A task from its TOML file (see docs/samples/task.toml).
 
-    A file that says nothing of a norm check has one, if there is a norm that can be checked. One
+    A file that says nothing of a norm check has one, if there is a norm that can be checked; with
+    privacy, its margin is wide enough for that unless the file says otherwise. One
     with a privacy budget and without a noise multiplier has the smallest with which all rounds fit.
 
     Raises:
@@ -380,10 +386,11 @@ def read_task(file: Path) -> TaskSpec:
     """
     literal = validated(_TaskFile, read_toml(file))
     segments = literal.segments()
-    if literal.norm_check is not None:
-        norm_check = literal.norm_check.check()
-    else:
-        norm_check = _USUAL if any(segment.norm_bound for segment in segments) else None
+    wanted = literal.norm_check
+    if wanted is None and any(segment.norm_bound for segment in segments):
+        wanted = _NormCheck()
+    private = literal.privacy is not None
+    norm_check = wanted.check(private=private) if wanted else None
     plan = make_plan(
         segments,
         min_clients=literal.min_clients,

@@ -457,6 +457,17 @@ def test_a_round_asked_again_gets_the_same_update_for_nothing() -> None:
     assert silo.steps == 3
 
 
+def test_an_older_state_does_not_forget_a_newer_update() -> None:
+    silo = make_silo()
+    silo.train(SHARED, 1)
+    before = silo.state()
+    second = silo.train(SHARED, 2)
+    silo.restore(before)
+    again = silo.train(SHARED, 2)
+    assert np.array_equal(second.update[ITEM_FACTORS], again.update[ITEM_FACTORS])
+    assert silo.steps == 6
+
+
 def test_another_model_for_the_same_round_is_paid_for() -> None:
     silo = make_silo()
     first = silo.train(SHARED, 1)

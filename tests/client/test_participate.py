@@ -48,6 +48,7 @@ from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg_client.cli import app
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError
+from secagg_client.ledger import Fate, Ledger
 from secagg_client.model import init_shared
 from secagg_client.participate import (
     Participation,
@@ -300,6 +301,8 @@ def test_a_silo_whose_updates_are_refused_is_told_at_the_end(
     assert "refused in 1 of 1 rounds: the norm of the update" in result.output
     assert "check the clip norm, the data and the learning rate" in result.output
     assert [line["accepted"] for line in _costs(settings)] == [False]
+    (entry,) = Ledger(settings.state_dir).entries()
+    assert (entry.fate, entry.certain) == (Fate.REFUSED, True), "a pinned key holder signed it"
 
 
 def test_a_silo_that_catches_the_server_stops_and_says_where_the_evidence_is(

@@ -614,7 +614,7 @@ def test_the_command_says_what_was_spent_and_what_is_left(
     noted(ledger, context(3), Fate.MISSED, certain=True)
     noted(ledger, context(1, plan=private_plan(None), task="open"), Fate.ACCEPTED)
     text = shown(tmp_path)
-    assert "5 x clip, by the key holder" in text
+    assert "5 x norm, by the key holder" in text
     assert "3 (delta 1e-06)" in text
     assert "no bound" in text
     document = json.loads(shown(tmp_path, "--format", "json", "--max-epsilon", "2"))

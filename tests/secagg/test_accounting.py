@@ -82,7 +82,7 @@ def test_rdp_agrees_with_an_independent_one(noise: float, releases: int, delta: 
     [
         (2.56, 1e-10, 17.14, "2020 US Census, persons; press release of 9 June 2021"),
         (0.81, 1e-10, 8.9, "Gboard, Spanish; Google AI blog, 28 February 2022"),
-        # TensorFlow Privacy, compute_dp_sgd_privacy_lib_test.py, RDP without subsampling.
+        # TensorFlow Privacy, compute_dp_sgd_privacy_test.py, RDP without subsampling.
         (5 * gaussian_rho(1.0), 1e-6, 13.376, "statement, with microbatching: noise 2.0 / 2"),
         (2 * gaussian_rho(0.7), 1e-5, 10.8602036, "no microbatching"),
         (2 * gaussian_rho(0.35), 1e-5, 26.2880374, "microbatching"),
@@ -120,9 +120,9 @@ def test_composition_is_one_accountant_fed_release_by_release(parts: list[float]
     accountant = dp_accounting.rdp.RdpAccountant([1 + 0.03 * 1.03**index for index in range(500)])
     for part in parts:
         accountant.compose(dp_accounting.GaussianDpEvent(math.sqrt(0.5 / part)))
-    together = spent(math.fsum(parts), d)
-    assert together == pytest.approx(accountant.get_epsilon(d), rel=0.01, abs=1e-3)
-    assert together <= sum(spent(part, d) for part in parts) * 1.001 + 1e-9
+    assert spent(math.fsum(parts), d) == pytest.approx(
+        accountant.get_epsilon(d), rel=0.01, abs=1e-3
+    )
 
 
 def test_ends_of_the_range() -> None:
@@ -376,7 +376,7 @@ def test_pld_agrees_with_prv(noise: float, rate: float, steps: int, delta: float
 @pytest.mark.parametrize(
     ("noise", "rate", "steps", "delta", "published"),
     [
-        # TensorFlow Privacy, compute_dp_sgd_privacy_lib_test.py, PLD: 1.2 epochs at 1/100, with
+        # TensorFlow Privacy, compute_dp_sgd_privacy_test.py, PLD: 1.2 epochs at 1/100, with
         # noise 0.7, and halved by microbatching; 5 epochs of 10000 examples in batches of 64.
         (0.7, 0.01, 120, 1e-5, 2.4612381),
         (0.35, 0.01, 120, 1e-5, 18.6977407),

@@ -443,13 +443,14 @@ def test_the_mass_that_is_cut_off_is_below_the_bound() -> None:
 class Crafted(Stream):
     """Every candidate's 16 bits, word and coin as told; the pattern is repeated."""
 
-    def __init__(self, *candidates: tuple[int, int, int]) -> None:
+    def __init__(self, *candidates: tuple[int, int, int], spare: bytes = KEY) -> None:
         super().__init__(KEY)
+        self.spare = spare
         self.cells, self.words, self.coins = zip(*candidates, strict=True)
 
     def read(self, count: int) -> bytes:
         if count == 32:
-            return KEY
+            return self.spare
         assert count == 2 * BATCH
         return np.resize(np.array(self.cells, "<u2"), BATCH).tobytes()
 
@@ -509,6 +510,9 @@ def test_doubts_of_one_batch_are_not_settled_as_in_another() -> None:
     assert 0.1 < (one == other).mean() < 0.9
     tail = discrete_gaussian(Crafted((65_535, 0, 0)), 1, 2 * BATCH)
     assert 0.1 < (tail[:BATCH] == tail[BATCH:]).mean() < 0.9
+    # Nor in one call as in another: what settles them is drawn from the stream.
+    again = discrete_gaussian(Crafted((65_535, 0, 0), spare=bytes(32)), 1, BATCH)
+    assert 0.1 < (tail[:BATCH] == again).mean() < 0.9
 
 
 def test_the_far_tail_follows_the_law() -> None:
@@ -581,6 +585,11 @@ def test_keys_scales_and_calls_give_different_samples() -> None:
 def test_batches_do_not_repeat() -> None:
     drawn = discrete_gaussian(Stream(KEY), 2**53, 60_000)
     assert np.unique(drawn).size == drawn.size
+
+
+def test_the_largest_std_is_one_that_float64_and_int64_can_hold() -> None:
+    assert float(LARGEST_STD - 1) + 1 == LARGEST_STD == 2**53
+    assert TAIL * LARGEST_STD < 2**63
 
 
 def test_numpy_integers_are_integers() -> None:

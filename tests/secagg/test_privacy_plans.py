@@ -98,7 +98,7 @@ def test_by_default_those_that_may_break_the_plan_are_not_counted_on() -> None:
         max_clients=100,
         min_clients=5,
         clip=1.0,
-        norm_check=NormCheck(tolerated=2),
+        norm_check=NormCheck(0.3, tolerated=2),
         privacy=private("distributed"),
     )
     assert checked.privacy == private("distributed", clients=3)
@@ -124,7 +124,7 @@ def test_the_largest_sum_with_its_noise_stays_below_half_of_the_modulus(
         max_clients=clients,
         clip=1.0,
         bits=bits,
-        norm_check=NormCheck() if checked else None,
+        norm_check=NormCheck(0.3) if checked else None,
         privacy=private(mode, multiplier),
     )
     for layout in plan.upload_layouts:
@@ -146,6 +146,19 @@ def test_client_noise_takes_ciphertexts_of_its_own_and_a_guard_for_both() -> Non
     ranges = [blocks for _, blocks in noised.upload_ranges()]
     assert [blocks for _, _, blocks in noised.block_ranges()] == ranges[:1]
     assert ranges[-1].stop == noised.blocks
+
+
+@pytest.mark.parametrize("check", [None, NormCheck()])
+def test_all_of_the_noise_hides_in_the_updates_own_ciphertexts(check: NormCheck | None) -> None:
+    """Server and key holder together open nothing without it."""
+    plan = plan_tensors(5000, max_clients=9, clip=1.0, norm_check=check, privacy=private("local"))
+    assert plan.noise_layouts == ()
+    assert plan.blocks == plan.sum_blocks
+    (layout,), (std,), (most,) = plan.layouts, plan.noise_stds, plan.upload_abs
+    assert most == 127 + 10 * std
+    if check:
+        # Of an update and its noise together: long, but not much longer than they are.
+        assert std * math.sqrt(layout.values) < layout.norm < 1.1 * std * math.sqrt(layout.values)
 
 
 def test_the_noise_of_a_release_needs_no_room() -> None:
@@ -224,7 +237,26 @@ def test_weights_are_data_as_well() -> None:
         )
 
 
-@pytest.mark.parametrize("check", [None, NormCheck()])
+@pytest.mark.parametrize(
+    ("check", "why"),
+    [
+        (NormCheck(), "margin=0.3 would work"),
+        (NormCheck(0.29), "margin=0.3 would work"),
+        (NormCheck(0.3, min_cosine=-0.1), "leave min_cosine out"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_check_that_refuses_honest_clients_now_and_then_is_refused(
+    mode: str, check: NormCheck, why: str
+) -> None:
+    """A refusal is no noisy sum: what it tells of an update is not accounted for."""
+    if mode == "local" and check.min_cosine is None:
+        return  # what is judged is noisy by itself: tested above
+    with pytest.raises(PlanError, match=why):
+        plan_tensors(9000, max_clients=9, clip=1.0, norm_check=check, privacy=private(mode))
+
+
+@pytest.mark.parametrize("check", [None, NormCheck(0.3)])
 @pytest.mark.parametrize("mode", ["distributed", "local"])
 def test_noise_that_the_modulus_has_no_room_for_is_refused_with_what_fits(
     mode: str, check: NormCheck | None
@@ -241,10 +273,11 @@ def test_noise_that_the_modulus_has_no_room_for_is_refused_with_what_fits(
 
     with pytest.raises(PlanError) as refused:
         plan(1e5)
-    part = float(re.search(r"noise of ([0-9.e+-]+) times", str(refused.value))[1])  # type: ignore[index]
-    plan(1e5 * part * 0.999)
+    found = re.search(r"noise_multiplier=([0-9.e+-]+) would work", str(refused.value))
+    assert found
+    plan(float(found[1]))
     with pytest.raises(PlanError):
-        plan(1e5 * part * 1.02)
+        plan(float(found[1]) * 1.02)
 
 
 def test_noise_that_cannot_be_drawn_is_refused_with_what_can() -> None:

@@ -16,7 +16,7 @@ from secagg import ring
 from secagg.aggregator import Aggregate, Aggregator
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
-from secagg.encryptor import encrypt_integers, encrypt_quantized
+from secagg.encryptor import encrypt_integers, encrypt_quantized, upload_integers
 from secagg.errors import InputError, MalformedError, NormError, ReleaseError, SchemaError
 from secagg.keyholder import KeyHolder
 from secagg.noise_audit import dithered
@@ -57,7 +57,7 @@ def planned(mode: str, *, clip_bit: bool = True, threshold: bool = False) -> Pla
         [update, IntegerSegment("contributors", ROWS, 1, max_norm=5.0)],
         max_clients=20,
         min_clients=4,
-        norm_check=NormCheck(),
+        norm_check=NormCheck(0.3),
         privacy=Privacy(mode, 0.5, epsilon=8.0, delta=1e-5),
         threshold=RowThreshold("contributors", 3) if threshold else None,
     )
@@ -198,10 +198,9 @@ def replace_check(plan: Plan) -> Plan:
 
 
 @pytest.mark.parametrize("forged", ["update", "noise", "noise taken off"])
-@pytest.mark.parametrize("mode", ["distributed", "local"])
-def test_an_update_cannot_be_opened_without_its_noise(mode: str, forged: str) -> None:
+def test_an_update_cannot_be_opened_without_its_noise(forged: str) -> None:
     """A server that leaves the noise out gets nothing opened; it had its chance then, once."""
-    plan = replace_check(planned(mode))
+    plan = replace_check(planned("distributed"))
     holder = KeyHolder(plan)
     uploads = [
         encrypt_quantized(holder.context, quantized(holder.context, i), SigningKey.generate())
@@ -239,9 +238,8 @@ def test_with_its_noise_it_opens(mode: str) -> None:
     assert holder.release_admitted(names, folded(both, plan.sum_blocks)).contributors == 4
 
 
-@pytest.mark.parametrize("mode", ["distributed", "local"])
-def test_a_sum_that_was_not_folded_is_refused_for_its_size(mode: str) -> None:
-    plan = replace_check(planned(mode))
+def test_a_sum_that_was_not_folded_is_refused_for_its_size() -> None:
+    plan = replace_check(planned("distributed"))
     holder = KeyHolder(plan)
     server = Aggregator(holder.context)
     for index in range(4):
@@ -260,11 +258,23 @@ def test_a_sum_that_was_not_folded_is_refused_for_its_size(mode: str) -> None:
 
 
 def test_noise_is_for_plans_with_noise_only() -> None:
-    plain, noised = (KeyHolder(replace_check(planned(mode))).context for mode in MODES[:2])
-    with pytest.raises(InputError, match="noise"):
-        encrypt_quantized(plain, quantized(noised, 0), SigningKey.generate())
-    with pytest.raises(InputError, match="noise"):
-        encrypt_quantized(noised, quantized(plain, 0), SigningKey.generate())
+    plain, *others = (KeyHolder(replace_check(planned(mode))).context for mode in MODES)
+    for noised in others:
+        with pytest.raises(InputError, match="noise"):
+            encrypt_quantized(noised, quantized(plain, 0), SigningKey.generate())
+        with pytest.raises(InputError, match="noise"):
+            encrypt_quantized(plain, quantized(noised, 0), SigningKey.generate())
+
+
+def test_more_than_an_honest_clients_integers_are_not_encrypted_by_mistake() -> None:
+    for mode in MODES:
+        context = KeyHolder(replace_check(planned(mode))).context
+        parts = quantized(context, 0)
+        (most, *_) = context.plan.upload_abs
+        parts[0].values[5] = most + (parts[0].noise is not None) * 10 * context.plan.noise_stds[0]
+        parts[0].values[5] += 1
+        with pytest.raises(InputError, match=f"magnitude up to {most}"):
+            encrypt_quantized(context, parts, SigningKey.generate())
 
 
 def test_an_upload_without_its_noise_is_too_short() -> None:
@@ -276,23 +286,24 @@ def test_an_upload_without_its_noise_is_too_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "place"),
+    ("mode", "place", "factor"),
     [
-        ("release", "update"),
-        *((mode, place) for mode in MODES[1:] for place in ("update", "noise")),
+        ("release", "update", 8),
+        ("distributed", "update", 8),
+        ("distributed", "noise", 2),
+        ("local", "update", 200),
     ],
 )
-def test_the_norm_check_still_refuses(mode: str, place: str) -> None:
-    """An update of eight times its norm, and a noise of twice its: each by its own bound."""
+def test_the_norm_check_still_refuses(mode: str, place: str, factor: int) -> None:
+    """An update beyond its norm, and a noise beyond its: each by its own bound."""
     run = Round(planned(mode, clip_bit=False))
     for index in range(CLIENTS):
         parts = quantized(run.context, index)
-        values = [part.values for part in parts]
-        noises = [part.noise for part in parts if part.noise is not None]
-        if index == 2:
-            chosen = values if place == "update" else noises
-            chosen[0] = chosen[0] * (8 if place == "update" else 2)
-        run.send(encrypt_integers(run.context, values + noises, *run.identity()))
+        if index == 2 and place == "noise":
+            parts[0] = replace(parts[0], noise=parts[0].noise * factor)  # type: ignore[operator]
+        elif index == 2:
+            parts[0] = replace(parts[0], values=parts[0].values * factor)
+        run.send(encrypt_integers(run.context, upload_integers(run.plan, parts), *run.identity()))
     aggregate = run.aggregate()
     assert len(aggregate.manifest) == CLIENTS - 1
     release = run.holder.release(aggregate)
@@ -304,9 +315,9 @@ def test_what_was_refused_cannot_be_summed_all_the_same() -> None:
     run = Round(planned("distributed"))
     for index in range(5):
         parts = quantized(run.context, index)
-        values = [part.values * (9 if index == 2 else 1) for part in parts]
-        noises = [part.noise for part in parts if part.noise is not None]
-        upload = encrypt_integers(run.context, values + noises, *run.identity())
+        if index == 2:
+            parts[0] = replace(parts[0], values=parts[0].values * 9)
+        upload = encrypt_integers(run.context, upload_integers(run.plan, parts), *run.identity())
         run.send(upload)
         run.server.add(upload)
     run.holder.verdicts()
@@ -314,9 +325,8 @@ def test_what_was_refused_cannot_be_summed_all_the_same() -> None:
         run.holder.release(run.server.aggregate())
 
 
-@pytest.mark.parametrize("mode", ["distributed", "local"])
-def test_a_client_off_the_grid_in_its_noise_is_named_by_the_audit(mode: str) -> None:
-    plan = replace_check(planned(mode))
+def test_a_client_off_the_grid_in_its_noise_is_named_by_the_audit() -> None:
+    plan = replace_check(planned("distributed"))
     holder = KeyHolder(plan)
     uploads = [
         encrypt_quantized(holder.context, quantized(holder.context, i), SigningKey.generate())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,11 +15,13 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+import structlog
 from google.protobuf.message import Message
 from key_holders import LocalKeyHolder
 from serving import loop_thread, serving
 
 from secagg import audit
+from secagg.accounting import Budget
 from secagg.enrolment import OpenEnrolment
 from secagg.errors import (
     AuditError,
@@ -28,13 +31,15 @@ from secagg.errors import (
     MalformedError,
     PlanError,
 )
-from secagg.parameters import MIN_COHORT
+from secagg.parameters import MIN_COHORT, FloatSegment, Privacy
+from secagg.planner import make_plan
+from secagg.privacy import release_rho
 from secagg.rpc import channels
 from secagg.rpc.status import from_rpc_error
 from secagg.wire import codec
 from secagg.wire.v1 import aggregation_service_pb2 as aggregation
 from secagg.wire.v1 import operator_service_pb2 as pb
-from secagg.wire.v1 import operator_service_pb2_grpc
+from secagg.wire.v1 import operator_service_pb2_grpc, plan_pb2
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import SystemClock
 from secagg_server.coordinator import Coordinator
@@ -44,7 +49,7 @@ from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService, OperatorService
 from secagg_server.states import RoundState, TaskState
 from secagg_server.store import Store
-from secagg_server.tasks import TaskSpec
+from secagg_server.tasks import AdaptiveClip, TaskSpec
 from secagg_server.verdicts import VerdictDesk
 
 
@@ -428,7 +433,98 @@ def test_the_log_is_exported_from_any_entry_on(office: Office, after: int) -> No
 # --- what is no longer kept -----------------------------------------------------------------------
 
 
-def finish(office: Office, number: int) -> None:
+def private(epsilon: float, noise: float = 1.0, clip: float = 2.0, **changes: Any) -> TaskSpec:  # noqa: ANN401
+    """A task with a budget; rho is a little under 1/2 a release at a noise multiplier of 1."""
+    plan = make_plan(
+        [FloatSegment("update", cohort.TENSORS, clip, 10, clip_bit=True)],
+        max_clients=6,
+        privacy=Privacy("distributed", noise, epsilon, 1e-5),
+    )
+    return replace(task(), plan=plan, **changes)
+
+
+def test_a_budget_without_room_for_one_release_is_refused_with_numbers_that_work(
+    office: Office,
+) -> None:
+    with pytest.raises(ConfigurationError, match="epsilon of at least") as caught:
+        office.operator.create_task(private(1.0))
+    assert office.operator.tasks() == []
+    assert office.files() == set()
+    number = re.search(r"epsilon of at least ([\d.]+)", str(caught.value))
+    assert number is not None
+    note = office.operator.create_task(private(float(number[1])))
+    assert note == (
+        "the privacy budget has room for 1 of 2 rounds; the task will finish after them"
+    )
+    noise = re.search(r"noise_multiplier of at least ([\d.]+)", str(caught.value))
+    assert noise is not None
+    office.operator.create_task(private(1.0, float(noise[1]), task_id="other"))
+
+
+def test_a_budget_that_is_short_is_told_and_logged_and_one_that_is_not_is_not(
+    office: Office,
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        assert "1 of 2 rounds" in office.operator.create_task(private(6.0))
+        assert office.operator.create_task(private(100.0, task_id="rich")) == ""
+        assert office.operator.create_task(task(task_id="exact")) == ""
+    (short,) = [entry for entry in logs if entry["event"] == "budget_short"]
+    assert (short["rounds"], short["releases"], short["log_level"]) == (2, 1, "warning")
+
+
+def test_where_a_task_stands_with_its_budget_is_shown(office: Office) -> None:
+    spec = private(20.0)
+    office.store.create_task(spec, bytes(32))
+    rho = release_rho(spec.plan)
+    budget = Budget(20.0, 1e-5)
+    for number in (1, 2):
+        shown = office.operator.task("task").task.privacy
+        assert shown.mode == plan_pb2.PRIVACY_MODE_DISTRIBUTED
+        assert (shown.noise_multiplier, shown.epsilon, shown.delta) == (1.0, 20.0, 1e-5)
+        assert shown.epsilon_spent == budget.spent((number - 1) * rho)
+        assert shown.releases_left == budget.left((number - 1) * rho, rho)
+        finish(office, number, rho=rho)
+    assert office.operator.tasks()[0].privacy.epsilon_spent == budget.spent(rho + rho)
+
+
+def test_the_clip_norm_of_the_task_and_of_each_round_is_shown(office: Office) -> None:
+    spec = private(20.0, adaptive_clip=AdaptiveClip())
+    office.store.create_task(spec, bytes(32))
+    assert office.operator.task("task").task.clip == 2.0
+    finish(office, 1, clip=1.75)
+    finish(office, 2, clip=1.5)
+    answer = office.operator.task("task")
+    assert answer.task.clip == 1.5
+    assert [record.clip for record in answer.rounds] == [2.0, 1.75]
+    assert answer.task.spec.adaptive_clip.rate == AdaptiveClip().rate
+
+
+def test_a_task_without_privacy_or_model_shows_neither(office: Office) -> None:
+    office.operator.create_task(replace(task(), plan=cohort.counts_plan()))
+    answer = office.operator.task("task")
+    assert not answer.task.HasField("privacy")
+    assert not answer.task.spec.HasField("adaptive_clip")
+    assert answer.task.clip == 0.0
+
+
+@pytest.mark.parametrize(
+    ("quantile", "rate"), [(0.0, 0.2), (1.0, 0.2), (0.5, 0.0), (0.5, 2.0), (float("nan"), 0.2)]
+)
+def test_an_adaptive_clip_norm_out_of_its_range_is_refused(
+    quantile: float, rate: float, office: Office
+) -> None:
+    message = private(20.0).to_wire()
+    message.adaptive_clip.quantile, message.adaptive_clip.rate = quantile, rate
+    with pytest.raises(ConfigurationError, match="adaptive clip norm"):
+        office.create([pb.CreateTaskRequest(spec=message)])
+    message = task().to_wire()
+    message.adaptive_clip.quantile, message.adaptive_clip.rate = 0.5, 0.2
+    with pytest.raises(ConfigurationError, match="clip bit"):
+        office.create([pb.CreateTaskRequest(spec=message)])
+    assert office.operator.tasks() == []
+
+
+def finish(office: Office, number: int, *, rho: float = 0.0, clip: float | None = None) -> None:
     """A round that is done, as the coordinator records it."""
     row = office.store.create_round("task", number)
     office.store.open_round(
@@ -437,7 +533,14 @@ def finish(office: Office, number: int) -> None:
     for state in (RoundState.CHECKING, RoundState.SUMMING, RoundState.RELEASING):
         office.store.advance(row.key, state)
     office.store.finish_round(
-        row.key, bytes(32), 4, aggregate_ms=1.0, release_ms=1.0, has_model=True
+        row.key,
+        bytes(32),
+        4,
+        aggregate_ms=1.0,
+        release_ms=1.0,
+        has_model=True,
+        rho=rho,
+        clip=clip,
     )
 
 

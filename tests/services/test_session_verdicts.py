@@ -45,6 +45,7 @@ from secagg.wire import codec
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
 from secagg_client import session as session_module
+from secagg_client.ledger import Fate
 from secagg_client.session import ClientSession, CurrentRound, Judgement
 from secagg_server import norms
 from secagg_server.tasks import TaskSpec
@@ -141,7 +142,9 @@ def test_a_refused_update_is_told_and_not_in_the_sum(
     with site.session(0) as session:
         current = too_large(session, 0, monkeypatch)
         assert list(session.rounds(told.append)) == []
+        (entry,) = session._ledger.entries()
     assert [one.accepted for one in told] == [False]
+    assert (entry.fate, entry.certain) == (Fate.REFUSED, False), "no key holder is pinned here"
     assert warnings(log) == [("update_refused", 1, 1, "NORM_REFUSED")]
     exact(site, current, [1, 2, 3])
 
@@ -291,7 +294,7 @@ def test_a_damaged_outbox_is_a_warning(site: Site, outbox: Path, log: list[Any])
     site.create(checked_task())
     with site.session(0, outbox=outbox) as session:
         take_part(session, 0)
-    (file,) = outbox.iterdir()
+    (file,) = outbox.glob("upload-*")
     file.write_bytes(b"damaged")
     others_take_part(site, 1, 2)
     with site.session(0, outbox=outbox) as session:
@@ -347,7 +350,7 @@ def test_a_server_that_changes_its_commitment_gets_nothing_more(site: Site, outb
     site.create(checked_task())
     with site.session(0, outbox=outbox) as session:
         take_part(session, 0)
-    (file,) = outbox.iterdir()
+    (file,) = outbox.glob("upload-*")
     before, announced = file.read_bytes(), site.gate.calls["OpenUpload"]
 
     def change(answer: Any) -> None:  # noqa: ANN401
@@ -491,7 +494,7 @@ def test_a_lie_about_a_verdict_ends_the_task_for_this_client(
         others_take_part(site, 1, 2)
         with pytest.raises(kind, match=text) as caught:
             next(rounds)
-    names = {path.name for path in outbox.iterdir()}
+    names = {path.name for path in outbox.iterdir()} - {"ledger.jsonl"}
     if kind is not ForgedSketchError:
         assert names == {"upload-task.1.1"}
         return

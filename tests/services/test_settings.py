@@ -92,7 +92,7 @@ def test_what_is_released_is_a_table_in_the_file_and_a_name_elsewhere(
     monkeypatch.setenv("SECAGG_KEYHOLDER_RELEASE_ATTEMPTS_PER_MODEL", "9")
     found = load(KeyHolderSettings, file, {"release_attempts_per_model": 4})
     assert found.policy == Policy(5, 4, True, Budget(3.0, 1e-6), 7)
-    assert load(KeyHolderSettings, None, {}).policy.attempts_per_model == 9
+    assert load(KeyHolderSettings, None, {}).release_attempts_per_model == 9
 
 
 def test_by_default_any_plan_of_three_is_released() -> None:

@@ -497,6 +497,83 @@ def test_a_void_round_counts_as_done_and_makes_no_model(store: Store) -> None:
     assert (progress.rounds_done, progress.model_version) == (1, 0)
 
 
+RHO, CLIP = 0.1 + 0.2, 1 / 3  # of which no database may lose a bit
+
+
+def spend(store: Store, number: int, *, clip: float | None = None, void: bool = False) -> None:
+    key = store.create_round("task", number).key
+    to_releasing(store, key)
+    if void:
+        store.void_round(key, "WHY", RHO)
+        return
+    store.finish_round(
+        key,
+        DIGEST,
+        4,
+        aggregate_ms=1.5,
+        release_ms=2.5,
+        has_model=True,
+        rho=RHO,
+        clip=clip,
+    )
+
+
+def test_what_releases_cost_adds_up_over_done_and_void_rounds(store: Store) -> None:
+    store.create_task(task(), DIGEST)
+    assert store.task("task").rho_spent == 0.0
+    total = 0.0
+    for number, void in enumerate([False, True, False], start=1):
+        spend(store, number, void=void)
+        total += RHO
+        assert store.task("task").rho_spent == total
+    store.abort_round(store.create_round("task", 4).key, "WHY")
+    assert store.task("task").rho_spent == total
+
+
+def test_a_clip_norm_is_that_of_all_later_rounds_until_the_next_one(store: Store) -> None:
+    store.create_task(task(), DIGEST)
+    assert store.task("task").clip is None
+    spend(store, 1, clip=CLIP)
+    spend(store, 2, void=True)
+    waiting = store.create_round("task", 3).key
+    store.abort_round(waiting, "WHY")
+    spend(store, 3, clip=2 * CLIP)
+    assert [(row.key[1:], row.clip) for row in store.rounds("task")] == [
+        ((1, 1), None),
+        ((2, 1), CLIP),
+        ((3, 1), CLIP),
+        ((3, 2), CLIP),
+    ]
+    assert store.task("task").clip == 2 * CLIP
+    assert store.create_round("task", 4).clip == 2 * CLIP
+
+
+def test_a_round_that_cannot_be_finished_costs_and_changes_nothing(store: Store) -> None:
+    store.create_task(task(), DIGEST)
+    spend(store, 1, clip=CLIP)
+    key = ("task", 1, 1)
+    for again in (
+        lambda: store.finish_round(
+            key, DIGEST, 4, aggregate_ms=1, release_ms=1, has_model=True, rho=RHO, clip=9.0
+        ),
+        lambda: store.void_round(key, "WHY", RHO),
+    ):
+        with pytest.raises(ClosedError):
+            again()
+    progress = store.task("task")
+    assert (progress.rho_spent, progress.clip) == (RHO, CLIP)
+
+
+def test_the_log_has_cost_and_clip_norm_exactly(store: Store) -> None:
+    store.create_task(task(), DIGEST)
+    spend(store, 1, clip=CLIP)
+    spend(store, 2, void=True)
+    found = {event: details for event, details in log(store) if "rho" in details}
+    assert set(found) == {"round-finished", "round-voided"}
+    assert [float.fromhex(details["rho"]) for details in found.values()] == [RHO, RHO]
+    assert float.fromhex(found["round-finished"]["clip"]) == CLIP
+
+
 def test_aborting_again_keeps_the_first_reason_and_time(store: Store) -> None:
     key = created(store)
     store.abort_round(key, "first")
@@ -1652,7 +1729,8 @@ def test_an_old_store_keeps_its_data(old: str) -> None:
             (KEY, RoundState.DONE),
             (("task", 2, 1), RoundState.COLLECTING),
         ]
-        assert _new_columns(store.round(KEY)) == (None, b"", b"", None, False)
+        assert _new_columns(store.round(KEY)) == (None, b"", b"", None, False, None)
+        assert (store.task("task").rho_spent, store.task("task").clip) == (0.0, None)
         assert store.counts(KEY) == UploadCounts(1, 1)
         expected = cohort.noise_upload(context(), 0, nonce=1).admission.receipt
         (kept,) = store.accepted(context())
@@ -1669,6 +1747,7 @@ def _new_columns(row: RoundRow) -> tuple[object, ...]:
         row.round_key_signature,
         row.selected_clients,
         row.audited,
+        row.clip,
     )
 
 

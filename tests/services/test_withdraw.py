@@ -16,7 +16,7 @@ from desks import Desk, desk_for
 from federations import client_kit, shared
 from federations import site as secured_site
 from key_holders import LocalKeyHolder
-from servers import DEADLINE_S, Server, exactly, running, scenario
+from servers import DEADLINE_S, Killed, Server, exactly, running, scenario
 from servers import task as timed_task
 from serving import loop_thread, quick_retry
 from sessions import (
@@ -209,9 +209,29 @@ def test_what_was_never_complete_is_in_no_sum_and_may_be_withdrawn_late(
 ) -> None:
     upload = upload_of(desk, 0)
     stage(desk, upload)
+    known = state_of(desk, 0) is not None
     desk.close_round()
     withdraw(desk, upload)
     assert (desk.accepted(), desk.files()) == (0, [])
+    assert (state_of(desk, 0) is not None) == known, "nothing new is kept of a round that is over"
+
+
+def test_what_a_crash_left_of_the_chunks_goes_when_it_is_withdrawn_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = upload_of(desk, 0)
+    desk.send(upload)
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.blobs, "drop_upload", dies)
+        with pytest.raises(Killed):
+            withdraw(desk, upload)
+    assert (desk.accepted(), len(desk.files())) == (0, 1)
+    withdraw(desk, upload)
+    assert desk.files() == []
 
 
 def test_a_withdrawal_does_not_need_the_round_to_be_open_just_now(desk: Desk) -> None:

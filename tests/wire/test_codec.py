@@ -25,7 +25,7 @@ from secagg.parameters import (
     RowThreshold,
     TensorSpec,
 )
-from secagg.planner import make_plan
+from secagg.planner import PRIVATE_MARGIN, make_plan
 from secagg.receipts import Receipt
 from secagg.sealing import SEALED_SEED_BYTES
 from secagg.upload import Admission
@@ -97,7 +97,8 @@ def plans(draw: st.DrawFn) -> Plan:
     check = draw(CHECKS) if any(segment.norm_bound for segment in segments) else None
     check = draw(st.sampled_from([None, check]))
     weighted = any(isinstance(s, FloatSegment) and s.weighted for s in segments)
-    privacy = None if weighted else draw(st.none() | PRIVACY)
+    narrow = check is not None and check.margin < PRIVATE_MARGIN
+    privacy = None if weighted or narrow else draw(st.none() | PRIVACY)
     return make_plan(
         segments, min_clients=fewest, max_clients=most, norm_check=check, privacy=privacy
     )
@@ -444,7 +445,7 @@ BAD_PLANS: dict[str, tuple[Callable[[plan_pb2.Plan], object], type[Exception], s
         "would work",
     ),
     "noise that no modulus holds": (
-        lambda m: private(m, mode=plan_pb2.PRIVACY_MODE_LOCAL, noise_multiplier=1e6),
+        lambda m: private(m, mode=plan_pb2.PRIVACY_MODE_DISTRIBUTED, noise_multiplier=1e6),
         PlanError,
         "would work",
     ),

@@ -6,10 +6,12 @@ can read what it sends. The demo shows what becomes of that.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import typer
 
 from secagg.commands import exits_cleanly, out
-from secagg.encryptor import encrypt_integers
+from secagg.encryptor import encrypt_integers, upload_integers
 from secagg.errors import ConfigurationError
 from secagg.options import with_settings
 from secagg.quantize import quantize
@@ -37,8 +39,8 @@ def poison(settings: ClientSettings, kit: ClientKit) -> int:
                 rotation=current.context.rotation,
                 randomness=repeatable_rounding(settings.seed, settings.silo, current.number),
             )
-            parts = [part.values * FACTOR for part in quantized]
-            parts += [part.noise for part in quantized if part.noise is not None]
+            scaled = [replace(part, values=part.values * FACTOR) for part in quantized]
+            parts = upload_integers(current.context.plan, scaled)
             upload = encrypt_integers(current.context, parts, kit.identity, current.commitment)
             session.send(current.context, upload)
             sent += 1

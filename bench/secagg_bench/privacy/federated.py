@@ -122,16 +122,17 @@ class OuterProducts:
     """Gradients of user u: errors on items times its vector, scaled to norm 1.
 
     Attributes:
-        own: minus the error on each positive, float32 of shape (positives,), scaled.
-        others: the same on the public negatives, (clients, negatives); 0 at own items.
-        negatives: which items those are.
+        own: minus the error on each positive outside the table, float32 of shape (positives,).
+        table: the same on public items, (clients, columns); where those are all items, on
+            positives, too.
+        columns: which items those are.
         vectors: (clients, d).
     """
 
     clients: Clients
     own: NDArray[np.float32]
-    others: NDArray[np.float32]
-    negatives: NDArray[np.int64]
+    table: NDArray[np.float32]
+    columns: NDArray[np.int64]
     vectors: NDArray[np.float32]
 
     @property
@@ -142,11 +143,11 @@ class OuterProducts:
         return len(self.clients)
 
     def total(self) -> NDArray[np.float64]:
-        total = np.stack(
-            [self.clients.totals(self.own * column[self.clients.owners]) for column in self.vectors.T],
-            axis=1,
-        )
-        total[self.negatives] += self.others.T @ self.vectors
+        total = np.zeros(self.shape)
+        if self.columns.size < self.shape[0]:
+            for place, column in enumerate(self.vectors.T):
+                total[:, place] = self.clients.totals(self.own * column[self.clients.owners])
+        total[self.columns] += self.table.T @ self.vectors
         return total
 
     def rows(self) -> Iterator[NDArray[np.float32]]:
@@ -154,17 +155,17 @@ class OuterProducts:
             first = self.clients.first[user]
             mine = slice(first, first + self.clients.counts[user])
             errors = np.zeros(self.shape[0], dtype=np.float32)
-            errors[self.negatives] = self.others[user]
+            errors[self.columns] = self.table[user]
             errors[self.clients.items[mine]] += self.own[mine]
             yield np.outer(errors, vector)
 
     def along(self, direction: NDArray[np.float64]) -> NDArray[np.float64]:
-        table = direction.astype(np.float32)
-        owned = np.einsum(
-            "pd,pd->p", table[self.clients.items], self.vectors[self.clients.owners]
-        )
-        inner = np.add.reduceat(self.own * owned, self.clients.first)
-        inner += np.einsum("un,un->u", self.others, self.vectors @ table[self.negatives].T)
+        factors = direction.astype(np.float32)
+        inner = np.einsum("un,un->u", self.table, self.vectors @ factors[self.columns].T)
+        if self.columns.size < self.shape[0]:
+            owners, items = self.clients.owners, self.clients.items
+            owned = np.einsum("pd,pd->p", factors[items], self.vectors[owners])
+            inner += np.add.reduceat(self.own * owned, self.clients.first)
         return inner.astype(np.float64)
 
 
@@ -224,17 +225,17 @@ def gradients(
     """What each client contributes to a round: minus the gradient of its loss, of norm 1."""
     vectors = np.empty((len(clients), model.factors.shape[1]), dtype=np.float32)
     own = np.empty(clients.items.size, dtype=np.float32)
-    others = np.empty((len(clients), negatives.size), dtype=np.float32)
+    table = np.empty((len(clients), negatives.size), dtype=np.float32)
     for rows, places, batch in clients.batches(_ENTRIES, negatives.size):
         problem = _Problem(model, batch, negatives)
         vectors[rows] = problem.fit(settings.l2, settings.newton_steps)
-        own[places], others[rows] = problem.errors(vectors[rows])
-    energy = np.add.reduceat(own**2, clients.first) + np.einsum("un,un->u", others, others)
+        own[places], table[rows] = problem.errors(vectors[rows])
+    energy = np.add.reduceat(own**2, clients.first) + np.einsum("un,un->u", table, table)
     length = np.sqrt(energy * np.einsum("ud,ud->u", vectors, vectors))
     scale = (1.0 / np.maximum(length, 1e-12)).astype(np.float32)
     own *= scale[clients.owners]
-    others *= scale[:, None]
-    return OuterProducts(clients, own, others, negatives, vectors)
+    table *= scale[:, None]
+    return OuterProducts(clients, own, table, negatives, vectors)
 
 
 def fit_users(
@@ -275,37 +276,45 @@ def scores_of(
 
 
 class _Problem:
-    """The convex problem of some users' vectors, with the table frozen."""
+    """The convex problem of some users' vectors, with the table frozen.
+
+    A dense table has a column for each negative. Where those are all items, it holds users' own
+    items as well; otherwise these come as a list of their own, and count nothing in the table.
+    """
 
     def __init__(self, model: Model, clients: Clients, negatives: NDArray[np.int64]) -> None:
         self._clients = clients
-        self._own_factors = model.factors[clients.items]
-        self._own_bias = model.bias[clients.items]
+        self._complete = negatives.size == clients.n_items
         self._factors, self._bias = model.factors[negatives], model.bias[negatives]
-        own_weight = 1.0 / ((1 + NEGATIVES) * clients.counts)
-        self._own_weight = own_weight.astype(np.float32)[clients.owners]
         place = np.full(clients.n_items, -1)
         place[negatives] = np.arange(negatives.size)
         among = place[clients.items]
-        self._overlap = (clients.owners[among >= 0], among[among >= 0])
-        free = negatives.size - np.bincount(self._overlap[0], minlength=len(clients))
-        weight = NEGATIVES / ((1 + NEGATIVES) * np.maximum(free, 1))
-        self._weight = weight.astype(np.float32)[:, None]
+        self._mine = (clients.owners[among >= 0], among[among >= 0])
+        free = negatives.size - np.bincount(self._mine[0], minlength=len(clients))
+        each = (NEGATIVES / ((1 + NEGATIVES) * np.maximum(free, 1))).astype(np.float32)
+        self._weights = np.repeat(each[:, None], negatives.size, axis=1)
+        own = 1.0 / ((1 + NEGATIVES) * clients.counts)
+        self._own_weights = own.astype(np.float32)[clients.owners]
+        self._weights[self._mine] = self._own_weights if self._complete else 0.0
+        if not self._complete:
+            self._own_factors = model.factors[clients.items]
+            self._own_bias = model.bias[clients.items]
 
     def fit(self, l2: float, steps: int) -> NDArray[np.float32]:
         """Minimisers by Newton's method from zero: float32 (clients, d)."""
         d = self._factors.shape[1]
         vectors = np.zeros((len(self._clients), d), dtype=np.float32)
-        squares, own_squares = _squares(self._factors), _squares(self._own_factors)
+        squares = _squares(self._factors)
         ridge = np.float32(l2) * np.eye(d, dtype=np.float32)
         for _ in range(steps):
-            own, others = self._probabilities(vectors)
-            missing = self._own_weight * (1.0 - own)
-            others *= self._weight
-            gradient = np.float32(l2) * vectors + others @ self._factors
-            gradient -= self._by_client(missing, self._own_factors)
-            others *= 1.0 - others / self._weight
-            hessian = others @ squares + self._by_client(missing * own, own_squares)
+            chance = self._chances(vectors)
+            gradient = np.float32(l2) * vectors - self._pulls(chance) @ self._factors
+            hessian = (self._weights * chance * (1.0 - chance)) @ squares
+            if not self._complete:
+                own = self._own_chances(vectors)
+                pulls = self._own_weights * (1.0 - own)
+                gradient -= self._by_client(pulls, self._own_factors)
+                hessian += self._by_client(pulls * own, _squares(self._own_factors))
             step = np.linalg.solve(hessian.reshape(-1, d, d) + ridge, gradient[:, :, None])
             vectors -= step[:, :, 0]
         return vectors
@@ -313,26 +322,34 @@ class _Problem:
     def errors(
         self, vectors: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Minus the gradient of the loss in the scores of own items and of negatives."""
-        own, others = self._probabilities(vectors)
-        return self._own_weight * (1.0 - own), -self._weight * others
+        """Minus the gradient of the loss in scores: of own items outside the table, and in it."""
+        own = np.zeros_like(self._own_weights)
+        if not self._complete:
+            own = self._own_weights * (1.0 - self._own_chances(vectors))
+        return own, self._pulls(self._chances(vectors))
 
     def losses(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         """Weighted cross-entropy of each client, in nats."""
-        own, others = self._probabilities(vectors)
-        entropy = np.add.reduceat(-np.log(own) * self._own_weight, self._clients.first)
-        entropy -= np.einsum("un->u", self._weight * np.log1p(-others))
-        return entropy.astype(np.float64)
+        chance = self._chances(vectors)
+        own = chance[self._mine] if self._complete else self._own_chances(vectors)
+        entropy = -self._weights * np.log1p(-chance)
+        entropy[self._mine] = 0.0
+        missed = np.add.reduceat(-self._own_weights * np.log(own), self._clients.first)
+        return missed.astype(np.float64) + entropy.sum(axis=1)
 
-    def _probabilities(
-        self, vectors: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """That own items and negatives are positives; 0 for negatives that are own items."""
-        own = np.einsum("pd,pd->p", self._own_factors, vectors[self._clients.owners])
-        others = vectors @ self._factors.T
-        own, others = _sigmoid(own + self._own_bias), _sigmoid(others + self._bias)
-        others[self._overlap] = 0.0
-        return own, others
+    def _chances(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """That an item of the table is a positive."""
+        return _sigmoid(vectors @ self._factors.T + self._bias)
+
+    def _own_chances(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        scores = np.einsum("pd,pd->p", self._own_factors, vectors[self._clients.owners])
+        return _sigmoid(scores + self._own_bias)
+
+    def _pulls(self, chance: NDArray[np.float32]) -> NDArray[np.float32]:
+        pulls = -self._weights * chance
+        if self._complete:
+            pulls[self._mine] += self._own_weights
+        return pulls
 
     def _by_client(
         self, weights: NDArray[np.float32], rows: NDArray[np.float32]

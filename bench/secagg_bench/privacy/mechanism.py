@@ -2,8 +2,8 @@
 
 Every contribution has an L2 norm of at most 1 (the clip norm, after scaling), the sum gets Gaussian
 noise of z on each coordinate, and is divided by the public number of contributors. With ``bits``,
-contributions go through `secagg.quantize`, are summed as integers, and the noise is the discrete
-Gaussian that the key holder would add. Losses are in zCDP: a release with multiplier z costs
+contributions go through `secagg.quantize`, are summed as integers, and `secagg.publication` adds
+what noise the key holder would. Losses are in zCDP: a release with multiplier z costs
 1/(2 z**2). Read `federated` next.
 """
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from secagg.accounting import noise_multiplier_for
 from secagg.context import rotation_string
-from secagg.discrete_gaussian import discrete_gaussian
 from secagg.parameters import FloatSegment, Plan, Privacy, TensorSpec
 from secagg.planner import make_plan
+from secagg.publication import published
 from secagg.quantize import dequantize_update, quantize
 from secagg.sampling import Stream
 
@@ -89,14 +89,19 @@ class Channel:
         budget: of all releases together.
         rng: of the noise and the rounding. Reproducible, so fit for an experiment alone.
         bits: of a quantised coordinate; None leaves floats as they are.
+        absent: further contributors, of zeros.
     """
 
     def __init__(
-        self, budget: Budget, rng: np.random.Generator, bits: int | None = None
+        self,
+        budget: Budget,
+        rng: np.random.Generator,
+        bits: int | None = None,
+        absent: int = 0,
     ) -> None:
         self.budget = budget
         self.releases: list[Release] = []
-        self._rng, self._bits = rng, bits
+        self._rng, self._bits, self._absent = rng, bits, absent
 
     def release(self, contributions: Contributions, multiplier: float) -> Release:
         """The noisy sum of one round."""
@@ -105,7 +110,7 @@ class Channel:
             total = total + multiplier * self._rng.normal(size=total.shape)
         else:
             total = self._quantised(contributions, multiplier, self._bits)
-        self.releases.append(Release(total, len(contributions), multiplier))
+        self.releases.append(Release(total, len(contributions) + self._absent, multiplier))
         return self.releases[-1]
 
     def _quantised(
@@ -123,9 +128,8 @@ class Channel:
                 plan, {"update": row}, samples=1, rotation=rotation, randomness=stream
             )
             total += part.values
-        if multiplier > 0:
-            total += discrete_gaussian(stream, layout.noise, layout.values)
-        tensors, _ = dequantize_update(segment, total, rotation=rotation)
+        (released,) = published(plan, rotation, (total,), stream)
+        tensors, _ = dequantize_update(segment, released, rotation=rotation)
         return tensors["update"]
 
     def _plan(self, contributions: Contributions, multiplier: float, bits: int) -> Plan:

@@ -77,9 +77,8 @@ def attack_cohorts(
     members = rng.random((cohorts, len(clients))).argsort(axis=1) < len(clients) // 2
     rows: list[Statistics] = []
     for member in members:
-        rows.append(
-            _statistics(clients, clients.chosen(np.flatnonzero(member)), settings, budget, rng, seed)
-        )
+        cohort = clients.chosen(np.flatnonzero(member))
+        rows.append(_statistics(clients, cohort, settings, Channel(budget, rng), seed))
         done()
     return Attacked(members, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
@@ -93,9 +92,9 @@ def canary_trials(
     seed: int,
     done: Callable[[], None],
 ) -> Attacked:
-    """Cohorts of a few random users, with a canary in every second one: one column, the canary's.
+    """Cohorts of a few random users and a canary, which contributes zeros in every second one.
 
-    It has as many items as the median user, the least popular ones.
+    It has as many items as the median user, the least popular ones. One column: the canary.
     """
     rng = np.random.default_rng([seed, 2])
     count = int(np.median(clients.counts))
@@ -104,14 +103,15 @@ def canary_trials(
     members = np.arange(trials) % 2 == 0
     rows: list[Statistics] = []
     for member in members:
-        cohort = clients.chosen(rng.choice(len(clients), size - member, replace=False))
+        cohort = clients.chosen(rng.choice(len(clients), size - 1, replace=False))
         if member:
             cohort = Clients(
                 np.append(cohort.counts, canary.counts),
                 np.append(cohort.items, canary.items),
                 clients.n_items,
             )
-        rows.append(_statistics(canary, cohort, settings, budget, rng, seed))
+        channel = Channel(budget, rng, absent=int(not member))
+        rows.append(_statistics(canary, cohort, settings, channel, seed))
         done()
     statistics = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return Attacked(members[:, None], statistics)
@@ -121,12 +121,11 @@ def _statistics(
     targets: Clients,
     cohort: Clients,
     settings: Federated,
-    budget: Budget,
-    rng: np.random.Generator,
+    channel: Channel,
     seed: int,
 ) -> Statistics:
     """Of all targets, after training on one cohort."""
-    channel, public = Channel(budget, rng), np.random.default_rng([seed, 3])
+    public = np.random.default_rng([seed, 3])
     model, history = train_federated(cohort, settings, channel, public)
     would_be = [Popularity(targets)] + [
         gradients(before, targets, settings, negatives) for before, negatives in history

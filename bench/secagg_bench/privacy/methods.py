@@ -72,9 +72,7 @@ def _dp_fedavg(trial: Trial) -> ScoresFn:
     """Scores with the vectors that clients trained along, so that clients have to be the users."""
     if trial.clients is not trial.users:
         raise ValueError("expected clients that are the users evaluated; pick another method")
-    return default_training.train(
-        trial.clients, trial.tuned.fedavg, trial.channel, trial.public
-    )
+    return default_training.train(trial.clients, trial.tuned.fedavg, trial.channel, trial.public)
 
 
 def _dp_federated(trial: Trial) -> ScoresFn:

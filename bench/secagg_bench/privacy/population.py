@@ -99,7 +99,9 @@ class Clients:
             if end >= total:
                 stop = len(self)
             if stop > start:
-                places = slice(int(self.first[start]), int(self.first[start:stop][-1] + self.counts[stop - 1]))
+                places = slice(
+                    int(self.first[start]), int(self.first[start:stop][-1] + self.counts[stop - 1])
+                )
                 batch = Clients(self.counts[start:stop], self.items[places], self.n_items)
                 yield slice(start, stop), places, batch
                 start = stop

@@ -7,6 +7,7 @@ and differences between methods need that. Read `federated` next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -21,7 +22,6 @@ METRICS: Final = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
 """Names of the rows of what `UserEvaluator.by_user` returns."""
 
 _RESAMPLES = 1000
-_CHUNK = 50  # resamples at a time
 
 
 class UserEvaluator(Evaluator):
@@ -72,16 +72,22 @@ class Interval:
 def interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
     """Interval of the mean of values of shape (seeds, users)."""
     seeds, users = values.shape
-    rng = np.random.default_rng(seed)
-    means: list[NDArray[np.float64]] = []
-    for _ in range(0, _RESAMPLES, _CHUNK):
-        picks = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=_CHUNK) / seeds
-        # Poisson weights are a multinomial's to within 1/sqrt(users), and much faster.
-        weights = rng.poisson(1.0, size=(_CHUNK, users)).astype(np.float64)
-        means.append(np.einsum("bs,su,bu->b", picks, values, weights, optimize=True) / weights.sum(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    picks = np.random.default_rng(seed).multinomial(
+        seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES
+    )
+    means = np.einsum("bs,bs->b", picks / seeds, _weights(users, seed) @ values.T)
+    low, high = np.percentile(means, [2.5, 97.5])
     half = float("nan")
     if seeds > 1:
         error = values.mean(axis=1).std(ddof=1) / np.sqrt(seeds)
         half = float(stats.t.ppf(0.975, seeds - 1) * error)
     return Interval(float(values.mean()), float(low), float(high), half)
+
+
+@lru_cache(maxsize=2)
+def _weights(users: int, seed: int) -> NDArray[np.float64]:
+    """How often each resample has each user, over the sum: Poisson's, nearly a multinomial's."""
+    rng = np.random.default_rng([seed, users])
+    drawn = rng.poisson(1.0, size=(_RESAMPLES, users)).astype(np.float64)
+    drawn[drawn.sum(axis=1) == 0] = 1.0
+    return drawn / drawn.sum(axis=1, keepdims=True)

@@ -36,6 +36,7 @@ Say = Callable[[str, int, int, str], None]
 """Told the section, how many of its steps are done, of how many, and what was found last."""
 
 _EVALUATION_SEED = 1
+_REFERENCE_NOISE = 0.5  # about epsilon 8
 
 
 class _World:
@@ -86,17 +87,23 @@ class _Measurement:
     # --- utility ----------------------------------------------------------------------------------
 
     def utility(self) -> list[Row]:
-        """Every method at every epsilon, on every population."""
-        rows: list[Row] = []
+        """Every method at every epsilon, with the users themselves as clients."""
         populations = self.sizes.populations
-        total = sum(len(each.methods) * len(each.epsilons) for each in populations)
-        total += 2 * sum(each.factor == 1 for each in populations)
+        datasets = list(dict.fromkeys(each.dataset for each in populations))
+        total = 2 * len(datasets) + sum(map(_steps, populations))
+        rows: list[Row] = []
+        for dataset in datasets:
+            rows += self._references(self.world(dataset), total)
         for each in populations:
-            world = self.world(each.dataset)
-            if each.factor == 1:
-                rows += self._references(world, total)
-            rows += self._curves(world, each, total)
+            rows += self._curves("utility", each, total)
         return rows
+
+    def larger(self) -> list[Row]:
+        """The same with larger populations as clients."""
+        total = sum(map(_steps, self.sizes.larger))
+        return [
+            row for each in self.sizes.larger for row in self._curves("larger", each, total)
+        ]
 
     def _references(self, world: _World, total: int) -> list[Row]:
         common = {"dataset": world.dataset, "users": len(world.users), "factor": 1, "epsilon": None}
@@ -108,8 +115,8 @@ class _Measurement:
         self.tell("utility", total, f"{world.dataset}: local only")
         return rows
 
-    def _curves(self, world: _World, population: Population, total: int) -> list[Row]:
-        rows = []
+    def _curves(self, section: str, population: Population, total: int) -> list[Row]:
+        rows, world = [], self.world(population.dataset)
         for epsilon in population.epsilons:
             baseline: NDArray[np.float64] | None = None
             for method in population.methods:
@@ -120,7 +127,7 @@ class _Measurement:
                     baseline = values
                 rows += self._rows(common, values, world, baseline)
                 found = f"{world.dataset} x{population.factor}, {method}, epsilon {epsilon:g}: "
-                self.tell("utility", total, f"{found}HR@10 {values[0].mean():.3f}")
+                self.tell(section, total, f"{found}HR@10 {values[0].mean():.3f}")
         return rows
 
     def _trials(
@@ -143,7 +150,7 @@ class _Measurement:
             trial = Trial(
                 clients,
                 world.users,
-                tuned(world.dataset, len(clients), epsilon),
+                tuned(world.dataset, len(clients), budget.multiplier()),
                 channel,
                 np.random.default_rng([seed, 7]),
                 participation,
@@ -221,14 +228,12 @@ class _Measurement:
         for epsilon in sizes.attacked:
             budget = Budget(epsilon, delta_of(len(clients) // 2))
             # The same hyperparameters with and without noise: only noise differs.
-            settings = tuned(world.dataset, len(clients), min(epsilon, 8.0)).federated
+            settings = tuned(world.dataset, len(clients), _REFERENCE_NOISE).federated
 
             def done(epsilon: float = epsilon) -> None:
                 self.tell("membership", total, f"epsilon {epsilon:g}")
 
-            attacked = membership.attack_cohorts(
-                clients, settings, budget, sizes.cohorts, 0, done
-            )
+            attacked = membership.attack_cohorts(clients, settings, budget, sizes.cohorts, 0, done)
             half = len(clients) // 2
             common = {"dataset": world.dataset, "users": half, "target": "users"}
             for name, statistic in attacked.statistics.items():
@@ -250,10 +255,15 @@ class _Measurement:
 
 SECTIONS: Final[dict[str, Callable[[_Measurement], list[Row]]]] = {
     "utility": _Measurement.utility,
-    "sweeps": _Measurement.sweeps,
     "membership": _Measurement.membership,
+    "sweeps": _Measurement.sweeps,
+    "larger": _Measurement.larger,
 }
 """What can be measured."""
+
+
+def _steps(population: Population) -> int:
+    return len(population.methods) * len(population.epsilons)
 
 
 def _finite(epsilon: float) -> float | None:
@@ -297,39 +307,38 @@ def measure(
     sizes: Sizes,
     data_dir: Path | None,
     say: Say,
+    section: str,
     *,
-    sections: tuple[str, ...] = tuple(SECTIONS),
     earlier: Row | None = None,
     command: str = "",
 ) -> Row:
-    """Measure some sections, and keep the others as they were.
+    """Measure a section, and keep the others as they were.
 
     Args:
         sizes: how much.
         data_dir: where the datasets are.
         say: told about every step.
-        sections: which of `SECTIONS`.
+        section: one of `SECTIONS`.
         earlier: results that the other sections are taken from.
         command: how to repeat it, for the record.
 
     Returns:
         What is written to ``bench/results/privacy.json``, validated.
     """
-    results: Row = {
-        "sizes": _recorded(sizes),
+    started = time.perf_counter()
+    rows = SECTIONS[section](_Measurement(sizes, data_dir, say))
+    measured = {
+        "command": command,
+        "seconds": time.perf_counter() - started,
         "machine": {
             "platform": platform.platform(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("secagg", "numpy", "dp-accounting")},
         },
-        "sections": {},
+        "sizes": _recorded(sizes),
+        "rows": rows,
     }
-    results["sections"] |= (earlier or {}).get("sections", {})
-    for name in sections:
-        started = time.perf_counter()
-        rows = SECTIONS[name](_Measurement(sizes, data_dir, say))
-        seconds = time.perf_counter() - started
-        results["sections"][name] = {"command": command, "seconds": seconds, "rows": rows}
+    results = {"sections": {**(earlier or {}).get("sections", {}), section: measured}}
     validate(results)
     return results
 
@@ -358,8 +367,8 @@ def validate(results: Row) -> None:
     Raises:
         ValueError: says which is not.
     """
-    if set(results) != {"sizes", "machine", "sections"} or not results["sections"]:
-        raise ValueError(f"expected sizes, machine and sections; got {sorted(results)}")
+    if set(results) != {"sections"} or not set(results["sections"]) <= set(SECTIONS):
+        raise ValueError(f"expected sections among {sorted(SECTIONS)}; got {results.keys()}")
     for name, section in results["sections"].items():
         if not section["rows"]:
             raise ValueError(f"expected rows in {name}; got none")
@@ -374,6 +383,4 @@ def validate(results: Row) -> None:
 def _triples(row: Row, section: str) -> list[tuple[float, float, float]]:
     if section != "membership":
         return [(row["mean"], row["ci_low"], row["ci_high"])]
-    return [
-        (row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("auc", "tpr")
-    ]
+    return [(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("auc", "tpr")]

@@ -46,7 +46,8 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        populations: of the curves of utility against epsilon.
+        populations: of the curves of utility against epsilon; of the real users.
+        larger: the same, of larger populations.
         swept: dataset of the sweeps over one factor, with their epsilons and seeds.
         clients: how many of the users train, in parts of all; above 1 by bootstrap.
         bits, participation: of the sweeps.
@@ -59,14 +60,18 @@ class Sizes:
 
     populations: tuple[Population, ...] = (
         Population("ml-100k"),
-        Population("amazon-beauty", seeds=3),
+        Population("amazon-beauty", 1, _NO_FEDAVG, 3),
+        Population("amazon-beauty", 1, ("dp_fedavg",), 3, (1.0, 8.0, math.inf)),
+    )
+    larger: tuple[Population, ...] = (
         Population("ml-100k", 10, _NO_FEDAVG, 3),
-        Population("ml-100k", 100, _NO_FEDAVG, 3, (1.0, 2.0, 4.0, 8.0, math.inf)),
+        Population("ml-100k", 100, ("dp_popularity", "dp_cooccurrence"), 3),
+        Population("ml-100k", 100, ("dp_federated",), 3, (1.0, 8.0)),
     )
     swept: str = "ml-100k"
     sweep_epsilons: tuple[float, ...] = (8.0, math.inf)
     sweep_seeds: int = 3
-    clients: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 10.0)
+    clients: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     bits: tuple[int, ...] = (2, 4, 8, 16)
     participation: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     keep: float = 0.8
@@ -74,16 +79,14 @@ class Sizes:
     attacked: tuple[float, ...] = (1.0, 8.0, math.inf)
     canary_sizes: tuple[int, ...] = (10, 30)
     canary_trials: int = 300
-    local_users: int = 200
+    local_users: int = 100
 
 
 def quick() -> Sizes:
     """A toy run of seconds, on generated data."""
     return Sizes(
-        populations=(
-            Population("toy", seeds=2, epsilons=(8.0, math.inf)),
-            Population("toy", 3, _NO_FEDAVG, 2, (8.0, math.inf)),
-        ),
+        populations=(Population("toy", seeds=2, epsilons=(8.0, math.inf)),),
+        larger=(Population("toy", 3, _NO_FEDAVG, 2, (8.0, math.inf)),),
         swept="toy",
         sweep_seeds=2,
         clients=(0.5, 1.0),
@@ -93,32 +96,55 @@ def quick() -> Sizes:
         attacked=(8.0, math.inf),
         canary_sizes=(5,),
         canary_trials=8,
-        local_users=5,
+        local_users=2,
     )
 
 
 def delta_of(clients: int) -> float:
     """Delta: below one by the number of clients, whose data it lets slip."""
-    return clients**-1.1
+    return float(clients**-1.1)
 
 
-def tuned(dataset: str, clients: int, epsilon: float) -> Tuned:
-    """What was chosen for a dataset, at a budget."""
+def tuned(dataset: str, clients: int, multiplier: float) -> Tuned:
+    """What was chosen for a dataset, by how many clients stand against how much noise.
+
+    Args:
+        clients: that train.
+        multiplier: z of a single release that spends the whole budget; 0 without noise.
+    """
+    signal = clients / multiplier if multiplier > 0 else math.inf
     if dataset == "toy":
         return Tuned(Federated(dimensions=4, rounds=2), Cooccurrence(items=30), _TOY_FEDAVG)
-    return _ml_100k(clients, epsilon)
+    if dataset == "amazon-beauty":
+        return Tuned(_beauty(signal), _beauty_cooccurrence(signal))
+    return Tuned(_movies(signal), _movies_cooccurrence(clients, signal))
 
 
 _TOY_FEDAVG = DefaultTraining(rounds=2)
 
 
-def _ml_100k(clients: int, epsilon: float) -> Tuned:
-    if math.isinf(epsilon):
-        chosen = Federated(dimensions=16, rounds=30, rate=100.0)
-    elif epsilon <= 2 and clients < 5000:
-        chosen = Federated(dimensions=4, rounds=8, rate=30.0, popularity_share=0.2)
-    else:
-        chosen = Federated()
-    if clients > 50_000:
-        chosen = replace(chosen, sample=400, newton_steps=3)
-    return Tuned(chosen, Cooccurrence())
+def _movies(signal: float) -> Federated:
+    if signal < 700:
+        return Federated(dimensions=4, rounds=8, rate=30.0, popularity_share=0.2)
+    if signal < 2_000:
+        return Federated()
+    if signal < 8_000:
+        return Federated(dimensions=16, rounds=8, rate=60.0)
+    return Federated(dimensions=16, rounds=15, rate=200.0)
+
+
+def _movies_cooccurrence(clients: int, signal: float) -> Cooccurrence:
+    items = 500 if signal < 1_500 else 800 if signal < 20_000 else 1_200
+    return Cooccurrence(items, ridge=10.0 * max(1.0, clients / 943))
+
+
+def _beauty(signal: float) -> Federated:
+    common = Federated(rounds=4, l2=0.03, popularity_share=0.3, sample=1000)
+    if signal < 20_000:
+        return replace(common, dimensions=4, rate=200.0)
+    return replace(common, dimensions=8, rate=400.0)
+
+
+def _beauty_cooccurrence(signal: float) -> Cooccurrence:
+    items = 500 if signal < 100_000 else 2000
+    return Cooccurrence(items, 0.3, threshold=2.5, popularity_weight=0.03)

@@ -1,0 +1,3 @@
+from typing import Any
+def markdown(r: dict[str, Any]) -> str: return ""
+def save_figure(r: dict[str, Any], p: Any) -> None: ...
