@@ -42,14 +42,14 @@ from secagg.private_files import locked, make_folder, write
 from secagg.sampling import Stream
 from secagg_client.data import DataError, Split
 from secagg_client.model import (
-    _DAMAGED,
+    DAMAGED,
     ITEM_BIAS,
     ITEM_FACTORS,
     LocalUpdate,
     SharedTensors,
     Silo,
     TrainConfig,
-    _one_thread,
+    one_thread,
     fit_user,
 )
 
@@ -308,7 +308,7 @@ class PrivateSilo(Silo):
         from secagg_client.example_gradients import GridOptimizer, Recommender
 
         privacy, stream = self._privacy, self._randomness()
-        with _one_thread():
+        with one_thread():
             model = Recommender(self._vectors, old[ITEM_FACTORS], old[ITEM_BIAS])
             optimiser = GridOptimizer(
                 model,
@@ -385,7 +385,7 @@ class PrivateSilo(Silo):
                 update = self._checked({name: arrays[name] for name in (ITEM_FACTORS, ITEM_BIAS)})
                 vectors = arrays["outcome_vectors"].reshape(self._vectors.shape)
                 outcome = _Outcome(arrays["question"].tobytes(), update, vectors)
-        except (*_DAMAGED, IndexError) as error:
+        except (*DAMAGED, IndexError) as error:
             raise DataError(
                 "expected the state of a private silo, got something else; vectors trained "
                 "without noise would undo the protection: restore what this silo saved"

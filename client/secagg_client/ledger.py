@@ -55,6 +55,7 @@ class Fate(StrEnum):
 
 
 _SPENT = (Fate.SENT, Fate.ACCEPTED)
+_DETAILS = ("at", "clip", "bits", "privacy", "rho", "upload")  # in the order of an entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Entry:
         bits: of one quantised coordinate; None without an update.
         privacy: the fields of the plan's `Privacy`, its budget among them; None without one.
         rho: zCDP of one release; None without privacy: there is no bound.
+        upload: digest of the upload in hexadecimal, by which the audit logs of server and key
+            holder know it.
         fate: what became of it.
         certain: it is in no sum, whatever the server did.
     """
@@ -94,11 +97,12 @@ class Entry:
     bits: int | None
     privacy: Mapping[str, Any] | None
     rho: float | None
+    upload: str = ""
     fate: Fate = Fate.SENT
     certain: bool = False
 
     @classmethod
-    def of(cls, context: RoundContext) -> Entry:
+    def of(cls, context: RoundContext, upload_digest: bytes = b"") -> Entry:
         """A contribution that is about to be sent."""
         plan, name = context.plan, context.id
         update = next((s for s in plan.segments if isinstance(s, FloatSegment)), None)
@@ -111,6 +115,7 @@ class Entry:
             update.bits if update else None,
             _fields(plan),
             release_rho(plan) if plan.privacy else None,
+            upload_digest.hex(),
         )
 
     @property
@@ -210,24 +215,24 @@ class Ledger:
                     f"epsilon={would:.4g}; nothing was sent; this client is done with the task"
                 )
 
-    def sent(self, context: RoundContext) -> bool:
+    def sent(self, context: RoundContext, upload_digest: bytes = b"") -> bool:
         """Note that a contribution is about to be sent; returns whether none of it has left before.
 
         Raises:
             ClosedError: it was withdrawn.
             ConfigurationError: it cannot be noted; it must not be sent.
         """
-        new = Entry.of(context)
+        new = Entry.of(context, upload_digest)
         known = next((e for e in self.entries(new.task) if e.key == new.key), None)
         if known and known.fate is Fate.WITHDRAWN:
             raise ClosedError(
                 "expected a contribution that was not withdrawn; this one was; nothing was sent; "
                 "join the next round"
             )
-        line = {"task": new.task, "round": new.round_number, "attempt": new.attempt}
-        details = {"clip": new.clip, "bits": new.bits, "privacy": new.privacy, "rho": new.rho}
+        key = {"task": new.task, "round": new.round_number, "attempt": new.attempt}
+        details = {name: getattr(new, name) for name in _DETAILS}
         try:
-            self._append(line | {"fate": Fate.SENT, "at": new.at} | details)
+            self._append(key | {"fate": Fate.SENT} | details)
         except OSError as error:
             raise ConfigurationError(
                 f"expected a ledger that can be written; {self._file}: {error.strerror}; nothing "
@@ -278,8 +283,7 @@ class Ledger:
             if key in found:
                 found[key] = found[key].then(fate, line["certain"])
             return
-        values = line["at"], line["clip"], line["bits"], line["privacy"], line["rho"]
-        new = Entry(*key, *values)
+        new = Entry(*key, *(line[name] for name in _DETAILS))
         if (known := found.get(key)) is not None:
             new = replace(new, at=known.at)
         found[key] = new

@@ -45,7 +45,7 @@ SharedTensors = dict[str, npt.NDArray[np.float32]]
 """The shared half of the model, by tensor name; nothing about any user."""
 
 # What reading a damaged archive raises, a flipped bit in its flags included.
-_DAMAGED: Final = (
+DAMAGED: Final = (
     OSError,
     ValueError,
     KeyError,
@@ -197,7 +197,7 @@ class Silo:
         generator = torch.Generator().manual_seed(
             _derived_seed("round", self._config.seed, self.index, round_number)
         )
-        with _one_thread():
+        with one_thread():
             factors = torch.tensor(old[ITEM_FACTORS], requires_grad=True)
             bias = torch.tensor(old[ITEM_BIAS], requires_grad=True)
             vectors = torch.tensor(self._vectors, requires_grad=True)
@@ -243,7 +243,7 @@ class Silo:
             # Without pickle, so that a state file can never run code.
             with np.load(io.BytesIO(state), allow_pickle=False) as saved:
                 silo, users, vectors = saved["silo"], saved["users"], saved["vectors"]
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DataError(f"expected a saved silo state, got {error}; {advice}") from error
         if silo.shape != () or int(silo) != self.index or not np.array_equal(users, self._users):
             raise DataError(
@@ -455,7 +455,7 @@ def _derived_seed(purpose: str, *numbers: int) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch on one thread, then give the process its setting back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

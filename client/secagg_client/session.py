@@ -505,7 +505,7 @@ class ClientSession:
         """
         self._switch.require_on()
         self._ledger.require(context, self._limits)
-        unseen = self._ledger.sent(context)
+        unseen = self._ledger.sent(context, upload.admission.receipt.upload_digest)
         try:
             missing = self._announce(upload)
             unseen = unseen and not missing

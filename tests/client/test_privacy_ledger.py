@@ -464,8 +464,10 @@ def test_whoever_sends_an_upload_of_their_own_enters_it_too(site: Site, outbox: 
     site.create(task())
     with site.session(0, outbox=outbox) as session:
         current = next(iter(session.rounds()))
-        session.send(current.context, cohort.encrypted(current.context, 0))
+        upload = cohort.encrypted(current.context, 0)
+        session.send(current.context, upload)
     assert the_entry(outbox).fate is Fate.ACCEPTED
+    assert the_entry(outbox).upload == upload.admission.receipt.upload_digest.hex()
 
 
 class Crashed(BaseException):

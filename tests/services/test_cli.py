@@ -89,6 +89,7 @@ def test_a_plan_as_json_is_complete_and_typed() -> None:
         "upload_bytes": int,
         "bytes_per_parameter": float,
         "norm_check": dict,
+        "privacy": type(None),
         "sketch_bytes": int,
         "explanation": list,
     }

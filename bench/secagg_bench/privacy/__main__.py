@@ -22,7 +22,7 @@ from rich.progress import (
 from secagg.commands import exits_cleanly, out
 from secagg.errors import InputError
 
-# Before numpy is imported: one thread is enough for many small matrices, and leaves room for others.
+# Before numpy is imported: one thread is enough for small matrices, and leaves room for others.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 app = typer.Typer(help=__doc__)

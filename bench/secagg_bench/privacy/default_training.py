@@ -95,10 +95,9 @@ def train(
         changes *= scale[touched.owners, None]
         updates = LocalRows(touched, changes)
         mean = settings.rate * settings.clip * channel.release(updates, multiplier).mean
-        mean = mean.astype(np.float32)
         shared = {
-            ITEM_FACTORS: shared[ITEM_FACTORS] + mean[:, :-1],
-            ITEM_BIAS: shared[ITEM_BIAS] + mean[:, -1],
+            ITEM_FACTORS: shared[ITEM_FACTORS] + mean[:, :-1].astype(np.float32),
+            ITEM_BIAS: shared[ITEM_BIAS] + mean[:, -1].astype(np.float32),
         }
     return factor_scores(vectors, shared)
 

@@ -12,8 +12,8 @@ noise hurts least:
   of u on all items times p_u. Few rounds, few dimensions, a large step on the released mean.
 
 Loss of a user with items S: the mean cross-entropy over S, plus ``NEGATIVES`` times that over
-negatives, over 1 + NEGATIVES, which is the expectation of what the client library samples. Negatives
-are all items or a public sample of them. Read `default_training` next.
+negatives, over 1 + NEGATIVES, which is the expectation of what the client library samples.
+Negatives are all items or a public sample of them. Read `default_training` next.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Popularity:
 
     def along(self, direction: NDArray[np.float64]) -> NDArray[np.float64]:
         values = self._values() * direction[self.clients.items]
-        return np.add.reduceat(values, self.clients.first)
+        return np.asarray(np.add.reduceat(values, self.clients.first), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -355,7 +355,8 @@ class _Problem:
         self, weights: NDArray[np.float32], rows: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Weighted sum of each client's rows."""
-        return np.add.reduceat(weights[:, None] * rows, self._clients.first, axis=0)
+        summed = np.add.reduceat(weights[:, None] * rows, self._clients.first, axis=0)
+        return np.asarray(summed, dtype=np.float32)
 
 
 def _sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:

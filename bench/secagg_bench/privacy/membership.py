@@ -18,10 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
 
 from secagg_bench.privacy.federated import Federated, Popularity, draw_negatives, gradients, losses
 from secagg_bench.privacy.federated import train as train_federated
@@ -187,8 +187,9 @@ def _floats(values: Iterable[float]) -> tuple[float, float, float]:
 
 def _measure(scores: NDArray[np.float64], members: NDArray[np.bool_]) -> tuple[float, float]:
     inside, outside = scores[members], scores[~members]
-    ranks = rankdata(np.concatenate([inside, outside]))[: inside.size]
-    auc = (ranks.mean() - (inside.size + 1) / 2) / outside.size
+    ordered = np.sort(outside)
+    below = np.searchsorted(ordered, inside, "left") + np.searchsorted(ordered, inside, "right")
+    auc = below.mean() / (2 * outside.size)  # ties count half
     threshold = np.quantile(outside, 1 - FPR, method="higher")
     return float(auc), float(np.mean(inside > threshold))
 
@@ -211,4 +212,5 @@ def gaussian_bound(budget: Budget) -> float:
     """
     if math.isinf(budget.epsilon):
         return 1.0
-    return float(norm.cdf(norm.ppf(FPR) + math.sqrt(2 * budget.rho)))
+    normal = NormalDist()
+    return normal.cdf(normal.inv_cdf(FPR) + math.sqrt(2 * budget.rho))

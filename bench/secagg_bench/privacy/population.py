@@ -84,7 +84,8 @@ class Clients:
 
     def totals(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """Sum of one value a positive over those of each item: float64 of shape (n_items,)."""
-        return np.bincount(self.items, weights=values, minlength=self.n_items)
+        summed = np.bincount(self.items, weights=values, minlength=self.n_items)
+        return summed.astype(np.float64)
 
     def batches(self, entries: int, width: int = 0) -> Iterator[tuple[slice, slice, Clients]]:
         """Clients in batches, with their rows and the places of their items.
@@ -152,7 +153,7 @@ def validation_split(split: Split) -> Split:
 
 
 def _load_sequences(file: Path) -> Split:
-    """Read ``user item item …``, a line a user in time order; of a repeated item the last counts."""
+    """Read ``user item item …``, a user a line, in time order; of a repeated item the last counts."""
     if not file.is_file():
         raise DataError(
             f"expected a file {_BEAUTY} in the data folder, got none; set SECAGG_DATA_DIR"

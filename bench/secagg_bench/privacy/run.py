@@ -101,9 +101,7 @@ class _Measurement:
     def larger(self) -> list[Row]:
         """The same with larger populations as clients."""
         total = sum(map(_steps, self.sizes.larger))
-        return [
-            row for each in self.sizes.larger for row in self._curves("larger", each, total)
-        ]
+        return [row for each in self.sizes.larger for row in self._curves("larger", each, total)]
 
     def _references(self, world: _World, total: int) -> list[Row]:
         common = {"dataset": world.dataset, "users": len(world.users), "factor": 1, "epsilon": None}

@@ -139,10 +139,14 @@ def _movies_cooccurrence(clients: int, signal: float) -> Cooccurrence:
 
 
 def _beauty(signal: float) -> Federated:
-    common = Federated(rounds=4, l2=0.03, popularity_share=0.3, sample=1000)
-    if signal < 20_000:
-        return replace(common, dimensions=4, rate=200.0)
-    return replace(common, dimensions=8, rate=400.0)
+    common = Federated(rounds=8, l2=0.03, popularity_share=0.3, sample=1000)
+    if signal < 12_000:
+        return replace(common, dimensions=4, rounds=2, rate=50.0, popularity_share=0.6)
+    if signal < 25_000:
+        return replace(common, dimensions=4, rate=100.0)
+    if signal < 40_000:
+        return replace(common, dimensions=8, rate=300.0)
+    return replace(common, dimensions=16, rate=400.0)
 
 
 def _beauty_cooccurrence(signal: float) -> Cooccurrence:
