@@ -37,6 +37,18 @@ class ClientSettings(Settings):
         None, gt=0, description="most epsilon to spend in a task, beyond what its budget allows"
     )
     require_privacy: bool = Field(False, description="refuse tasks that add no noise")
+    example_epsilon: float | None = Field(
+        None, gt=0, description="train by DP-SGD: most that all rounds may tell of an interaction"
+    )
+    example_delta: float = Field(1e-6, gt=0, lt=1, description="delta of example_epsilon")
+    example_rounds: int = Field(25, ge=1, description="rounds that example_epsilon has to last for")
+    example_rate: float = Field(
+        0.25, gt=0, le=1, description="probability of an interaction to be in a step of DP-SGD"
+    )
+    example_steps: int = Field(8, ge=1, description="steps of DP-SGD in a round")
+    example_samples: int = Field(
+        10_000, ge=1, description="what the silo's interactions are taken to number, in public"
+    )
     local_epochs: int = Field(2, ge=1, description="passes over the silo's data in a round")
     seed: int = Field(0, ge=0, description="of partition, start and sampling; equal for all silos")
     repeatable_seed: int | None = Field(

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
-from secagg.accounting import example_level, example_level_noise
 
+from secagg.accounting import example_level, example_level_noise
 from secagg.errors import ConfigurationError
 from secagg.private_files import locked, make_folder, write
 from secagg.sampling import Stream
@@ -49,8 +49,8 @@ from secagg_client.model import (
     SharedTensors,
     Silo,
     TrainConfig,
-    one_thread,
     fit_user,
+    one_thread,
 )
 
 if TYPE_CHECKING:

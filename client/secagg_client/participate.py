@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from secagg.context import RoundContext
-from secagg.errors import ClosedError, DuplicateError, PausedError
+from secagg.errors import ClosedError, ConfigurationError, DuplicateError, PausedError
 from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
@@ -24,6 +26,7 @@ from secagg_client.config import ClientSettings, identity_in
 from secagg_client.data import (
     DataError,
     Interactions,
+    Split,
     load_dataset,
     partition_users,
     split_leave_one_out,
@@ -129,13 +132,39 @@ def load_silo(settings: ClientSettings) -> tuple[Interactions, Silo]:
 
     Raises:
         DataError: the data cannot be used, or there is no such silo.
+        ConfigurationError: see `PrivateSilo`.
     """
     interactions = load_dataset(settings.dataset, settings.data_dir)
     split = split_leave_one_out(interactions)
     parts = partition_users(split.n_users, settings.silos, settings.seed)
     if settings.silo >= len(parts):
         raise DataError(f"expected a silo below {len(parts)}; got silo={settings.silo}")
-    return interactions, Silo(settings.silo, split, parts[settings.silo], train_config(settings))
+    users, config = parts[settings.silo], train_config(settings)
+    if settings.example_epsilon is None:
+        return interactions, Silo(settings.silo, split, users, config)
+    return interactions, _private_silo(settings, split, users, config, settings.example_epsilon)
+
+
+def _private_silo(
+    settings: ClientSettings,
+    split: Split,
+    users: NDArray[np.int64],
+    config: TrainConfig,
+    epsilon: float,
+) -> Silo:
+    # opacus takes seconds to load, and is an extra.
+    from secagg_client.example_privacy import ExamplePrivacy, PrivateSilo
+
+    privacy = ExamplePrivacy.for_rounds(
+        settings.example_rounds,
+        epsilon=epsilon,
+        delta=settings.example_delta,
+        sampling_rate=settings.example_rate,
+        steps=settings.example_steps,
+        nominal_samples=settings.example_samples,
+    )
+    ledger = settings.state_dir / "example-privacy.npz"
+    return PrivateSilo(settings.silo, split, users, config, privacy, ledger=ledger)
 
 
 class _Record:
@@ -210,7 +239,17 @@ def _rounding(settings: ClientSettings) -> Callable[[RoundContext], Stream] | No
     seed = settings.repeatable_seed
     if seed is None:
         return None
-    return lambda context: repeatable_rounding(seed, settings.silo, context.id.round_number)
+
+    def repeatable(context: RoundContext) -> Stream:
+        privacy = context.plan.privacy
+        if privacy is not None and privacy.by_clients:
+            raise ConfigurationError(
+                "expected no repeatable_seed in a task to which clients add noise: whoever knows "
+                "the seed takes the noise off again; leave it out"
+            )
+        return repeatable_rounding(seed, settings.silo, context.id.round_number)
+
+    return repeatable
 
 
 def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundReport | None:

@@ -41,6 +41,9 @@ from secagg.errors import (
     UntrustedKeyError,
     WrongRoleError,
 )
+from secagg.keyholder import KeyHolder
+from secagg.parameters import Privacy
+from secagg.planner import plan_tensors
 from secagg.receipts import SigningKey
 from secagg.verdicts import Verdict
 from secagg.wire import codec
@@ -48,12 +51,14 @@ from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg_client.cli import app
 from secagg_client.config import ClientSettings
 from secagg_client.data import DataError
+from secagg_client.example_privacy import PrivateSilo
 from secagg_client.ledger import Fate, Ledger
 from secagg_client.model import init_shared
 from secagg_client.participate import (
     Participation,
     RoundReport,
     StateDir,
+    _rounding,
     _take_part,
     load_silo,
     participate,
@@ -172,6 +177,43 @@ def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None
 def test_a_silo_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="silo"):
         load_silo(_settings(tmp_path, silo=3))
+
+
+def test_a_silo_with_an_example_budget_trains_by_noisy_steps(tmp_path: Path) -> None:
+    """And remembers them over a restart; opacus is an extra, and loads here."""
+    wanted = {
+        "example_epsilon": 4.0,
+        "example_rounds": 2,
+        "example_steps": 2,
+        "example_samples": 1000,
+    }
+    _, silo = load_silo(_settings(tmp_path, **wanted))
+    assert isinstance(silo, PrivateSilo)
+    table = init_shared(ITEMS, 4, 0)
+    first = silo.train(table, 1)
+    assert first.samples == 1000
+    _, again = load_silo(_settings(tmp_path, **wanted))
+    assert isinstance(again, PrivateSilo)
+    assert (again.steps, again.epsilon) == (silo.steps, silo.epsilon)
+    assert again.epsilon > 0
+    again.train({name: part + first.update[name] for name, part in table.items()}, 2)
+    with pytest.raises(ConfigurationError, match="epsilon"):
+        again.train(table, 3)
+
+
+def test_noise_from_a_seed_that_others_know_is_refused(tmp_path: Path) -> None:
+    for mode, refused in (("release", False), ("distributed", True), ("local", True)):
+        plan = plan_tensors(
+            10, max_clients=5, clip=1.0, privacy=Privacy(mode, 1.0, epsilon=8.0, delta=1e-5)
+        )
+        rounding = _rounding(_settings(tmp_path, repeatable_seed=7))
+        assert rounding is not None
+        context = KeyHolder(plan).context
+        if refused:
+            with pytest.raises(ConfigurationError, match="takes the noise off"):
+                rounding(context)
+        else:
+            rounding(context)
 
 
 def test_repeatable_rounding_differs_between_silos_and_rounds() -> None:

@@ -466,6 +466,7 @@ def test_a_budget_that_is_short_is_told_and_logged_and_one_that_is_not_is_not(
 ) -> None:
     with structlog.testing.capture_logs() as logs:
         assert "1 of 2 rounds" in office.operator.create_task(private(6.0))
+        assert office.operator.create_task(private(8.0, task_id="just")) == ""
         assert office.operator.create_task(private(100.0, task_id="rich")) == ""
         assert office.operator.create_task(task(task_id="exact")) == ""
     (short,) = [entry for entry in logs if entry["event"] == "budget_short"]
