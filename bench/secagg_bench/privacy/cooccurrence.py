@@ -158,4 +158,4 @@ def _low_rank(table: NDArray[np.float64], noise: float, ridge: float) -> NDArray
     hat = (vectors * (shrunk / (shrunk + ridge))) @ vectors.T
     weights = hat / np.maximum(1.0 - np.diag(hat), 1e-6)
     np.fill_diagonal(weights, 0.0)
-    return weights.astype(np.float32)
+    return np.asarray(weights, dtype=np.float32)

@@ -150,20 +150,27 @@ def local_training(
             weight * pulls,
         ]
         for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):
-            _adam(parameter, gradient, moment, step, config.learning_rate)
+            _adam(
+                parameter,
+                gradient.astype(np.float32, copy=False),
+                moment,
+                step,
+                config.learning_rate,
+            )
     return parameters[0], parameters[1] - start
 
 
 def _adam(
     parameter: NDArray[np.float32],
-    gradient: NDArray[np.float32],
+    gradient: NDArray[np.floating],
     moment: list[NDArray[np.float32]],
     step: int,
     rate: float,
 ) -> None:
     """One step, in place (Kingma and Ba 2015, "Adam", algorithm 1)."""
     for index, (beta, power) in enumerate(zip(_BETAS, (1, 2), strict=True)):
-        moment[index] += np.float32(1 - beta) * (gradient**power - moment[index])
+        target = (gradient**power).astype(np.float32, copy=False)
+        moment[index] += np.float32(1 - beta) * (target - moment[index])
     mean, square = (
         each / np.float32(1 - beta**step) for each, beta in zip(moment, _BETAS, strict=True)
     )

@@ -166,7 +166,7 @@ class OuterProducts:
             owners, items = self.clients.owners, self.clients.items
             owned = np.einsum("pd,pd->p", factors[items], self.vectors[owners])
             inner += np.add.reduceat(self.own * owned, self.clients.first)
-        return inner.astype(np.float64)
+        return np.asarray(inner, dtype=np.float64)
 
 
 def popularity(clients: Clients, channel: Channel, share: float) -> NDArray[np.float64]:
@@ -335,7 +335,7 @@ class _Problem:
         entropy = -self._weights * np.log1p(-chance)
         entropy[self._mine] = 0.0
         missed = np.add.reduceat(-self._own_weights * np.log(own), self._clients.first)
-        return missed.astype(np.float64) + entropy.sum(axis=1)
+        return np.asarray(missed + entropy.sum(axis=1), dtype=np.float64)
 
     def _chances(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """That an item of the table is a positive."""

@@ -43,8 +43,6 @@ __all__ = [
 FPR = 0.01
 """False positive rate at which true positives are counted."""
 
-_RESAMPLES = 500
-
 Statistics = dict[str, NDArray[np.float64]]
 
 
@@ -166,12 +164,14 @@ def likelihood_ratios(
     return np.where(enough, ratio, 0.0)
 
 
-def success(scores: NDArray[np.float64], members: NDArray[np.bool_], seed: int = 0) -> Success:
+def success(
+    scores: NDArray[np.float64], members: NDArray[np.bool_], resamples: int = 500
+) -> Success:
     """AUC, and true positives at a false positive rate of `FPR`, over all entries."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     cohorts = len(scores)
     drawn = [_measure(scores, members)]
-    for _ in range(_RESAMPLES):
+    for _ in range(resamples):
         rows = rng.integers(cohorts, size=cohorts)
         if 0 < members[rows].sum() < members[rows].size:
             drawn.append(_measure(scores[rows], members[rows]))

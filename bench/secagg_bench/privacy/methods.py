@@ -115,7 +115,7 @@ def sampled_local_only(split: Split, count: int, seed: int) -> tuple[Split, Scor
         for number in range(1, _LOCAL_ROUNDS + 1):
             update = silo.train(shared, number).update
             shared = {name: tensor + update[name] for name, tensor in shared.items()}
-        return silo.score(shared)[0]
+        return np.asarray(silo.score(shared)[0])
 
     def scores(users: NDArray[np.int64]) -> NDArray[np.floating]:
         return np.stack([alone(int(user)) for user in users])

@@ -153,7 +153,7 @@ def validation_split(split: Split) -> Split:
 
 
 def _load_sequences(file: Path) -> Split:
-    """Read ``user item item …``, a user a line, in time order; of a repeated item the last counts."""
+    """Read ``user item item …``, a user a line; the last of a repeated item counts."""
     if not file.is_file():
         raise DataError(
             f"expected a file {_BEAUTY} in the data folder, got none; set SECAGG_DATA_DIR"

@@ -179,19 +179,31 @@ def save_figure(results: _Row, path: Path) -> None:
     """Utility against epsilon on every population, the sweeps, and what attacks achieve."""
     with mpl.rc_context({"svg.hashsalt": "privacy", "font.size": 9.0}):
         figure = Figure(figsize=(12.4, 7.6), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.08, 1.0), hspace=0.04)
+        halves = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.08, 1.0), hspace=0.04)
+        above, below = halves[:, 0]
         datasets = _distinct(_rows(results, "utility"), "dataset")
-        panels = top.subplots(1, max(1, len(datasets)) + 1, squeeze=False)[0]
+        panels = above.subplots(1, len(datasets) + 1, squeeze=False)[0]
         for axes, dataset in zip(panels, datasets, strict=False):
             _curves(axes, _rows(results, "utility", dataset=dataset, metric="hr10"))
         _larger(panels[-1], results)
-        low = bottom.subplots(1, 4, width_ratios=(1, 0.9, 0.9, 1.35))
-        for axes, sweep in zip(low, _SWEEPS, strict=False):
-            _swept(axes, _rows(results, "sweeps", sweep=sweep, metric="hr10"), sweep)
-        _attacks(low[-1], _rows(results, "membership"))
+        swept = _rows(results, "sweeps", metric="hr10")
+        kinds = _distinct(swept, "sweep")
+        panels = below.subplots(
+            1, len(kinds) + 1, squeeze=False, width_ratios=(*([1.0] * len(kinds)), 1.35)
+        )[0]
+        low, high = min(_ends(swept)), max(_ends(swept))
+        for axes, kind in zip(panels, kinds, strict=False):
+            _swept(axes, [row for row in swept if row["sweep"] == kind], kind)
+            axes.set_ylim(low - 0.18 * (high - low), high + 0.02)
+        _attacks(panels[-1], _rows(results, "membership"))
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata, dpi=110)
+
+
+def _ends(rows: list[_Row]) -> list[float]:
+    """Ends of all intervals; of the whole range where there is none."""
+    return [row[key] for row in rows for key in ("ci_low", "ci_high")] or [0.0, 1.0]
 
 
 def _tidy(axes: Any, title: str, x: str, y: str = "HR@10") -> None:  # noqa: ANN401
@@ -244,17 +256,25 @@ def _spread(values: list[float], gap: float) -> list[float]:
     return [float(height) for height in heights]
 
 
-def _label(axes: Any, x: float, labels: list[tuple[float, str, str]]) -> None:  # noqa: ANN401
-    """Names of lines beside their ends: height, text, colour."""
+def _label(axes: Any, labels: list[tuple[float, str, str]]) -> None:  # noqa: ANN401
+    """Names of lines, right of the panel: height, text, colour."""
     low, high = axes.get_ylim()
     heights = _spread([value for value, _, _ in labels], 0.068 * (high - low))
     for height, (_, text, colour) in zip(heights, labels, strict=True):
-        axes.text(x, height, text, color=colour, va="center", fontsize=8, clip_on=False)
+        axes.text(
+            1.02,
+            height,
+            text,
+            color=colour,
+            va="center",
+            fontsize=8,
+            transform=axes.get_yaxis_transform(),
+        )
 
 
 def _epsilon_axis(axes: Any, epsilons: list[float | None]) -> None:  # noqa: ANN401
     axes.set_xticks(range(len(epsilons)), [_epsilon(value) for value in epsilons])
-    axes.set_xlim(-0.25, len(epsilons) - 0.75)
+    axes.set_xlim(-0.25, len(epsilons) - 0.85)
 
 
 def _curves(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
@@ -274,7 +294,7 @@ def _curves(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
     _tidy(axes, f"{_DATASETS[rows[0]['dataset']]}, {users}", "ε of one user (∞: no noise)")
     _epsilon_axis(axes, epsilons)
     axes.set_ylim(bottom=0.0)
-    _label(axes, len(epsilons) - 0.8, labels)
+    _label(axes, labels)
 
 
 def _larger(axes: Any, results: _Row) -> None:  # noqa: ANN401
@@ -295,7 +315,7 @@ def _larger(axes: Any, results: _Row) -> None:  # noqa: ANN401
         labels.append((row["mean"], "most popular", _SOFT))
     _tidy(axes, "Larger populations, matrix factorisation", "ε of one user (∞: no noise)")
     _epsilon_axis(axes, epsilons)
-    _label(axes, len(epsilons) - 0.8, labels)
+    _label(axes, labels)
 
 
 _SHADES: Final = ("#0072B2", "#56B4E9", "#1b3a57")
@@ -313,18 +333,17 @@ def _swept(axes: Any, rows: list[_Row], sweep: str) -> None:  # noqa: ANN401
                 _line(axes, mine, lambda row: values.index(row[key]), colour, marker, style)
     _tidy(axes, f"By {sweep}", _SWEEPS[sweep])
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-    axes.set_ylim(0.35, 0.75)
     if sweep == "clients":
         for place, (text, colour) in enumerate(
             (
                 ("co-occurrence", _STYLES["dp_cooccurrence"][0]),
                 ("matrix factorisation", _STYLES["dp_federated"][0]),
-                ("full: ε = 8; dashed: no noise", _SOFT),
+                ("full: with noise (ε = 8), dashed: without", _SOFT),
             )
         ):
             axes.text(
                 0.97,
-                0.04 + 0.075 * place,
+                0.02 + 0.07 * place,
                 text,
                 color=colour,
                 ha="right",
@@ -339,8 +358,8 @@ def _attacks(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
     epsilons = _distinct(rows, "epsilon")
     colours = dict(zip(epsilons, ("#009E73", "#0072B2", "#D55E00"), strict=False))
     for row in rows:
-        place = kinds.index((row["target"], row["users"], row["attack"]))
-        place += 0.24 * (epsilons.index(row["epsilon"]) - (len(epsilons) - 1) / 2)
+        shift = 0.24 * (epsilons.index(row["epsilon"]) - (len(epsilons) - 1) / 2)
+        place = kinds.index((row["target"], row["users"], row["attack"])) + shift
         colour = colours[row["epsilon"]]
         axes.plot([row["tpr_ci_low"], row["tpr_ci_high"]], [place] * 2, color=colour, linewidth=1.4)
         axes.plot(row["tpr"], place, "o", color=colour, markersize=4)

@@ -271,7 +271,7 @@ def _finite(epsilon: float) -> float | None:
 
 def _interval(values: NDArray[np.float64], prefix: str) -> Row:
     found = interval(values)
-    row = {
+    row: Row = {
         f"{prefix}mean": found.mean,
         f"{prefix}ci_low": found.low,
         f"{prefix}ci_high": found.high,

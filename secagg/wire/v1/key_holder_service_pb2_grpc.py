@@ -88,8 +88,9 @@ class KeyHolderServiceServicer(object):
         FAILED_PRECONDITION/ROUND_CLOSED for a round that is over, or once a model has had more attempts
         than the key holder allows.
         ALREADY_EXISTS when the attempt was opened with another plan or model;
-        INVALID_ARGUMENT/IMPOSSIBLE_PLAN; FAILED_PRECONDITION when min_clients is below the key
-        holder's own floor.
+        INVALID_ARGUMENT/IMPOSSIBLE_PLAN; INVALID_ARGUMENT/CONFIGURATION for a plan that the key holder
+        does not agree to, such as a smaller cohort than its own floor, or other privacy than the task
+        began with; FAILED_PRECONDITION/BUDGET_SPENT when the task's budget has no room for a release.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,8 +134,9 @@ class KeyHolderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request_iterator, context):
-        """Opens the sum over a manifest: the manifest first, then the summed ciphertexts in chunks; the
-        exact integers come back in pieces. One manifest a round: the same one gets the same bytes
+        """Opens the sum over a manifest: the manifest first, then the summed ciphertexts in chunks, each
+        segment's with its noise's; integers come back in pieces, exact but for the noise, and the rows
+        withheld, that the plan asks for. FAILED_PRECONDITION/BUDGET_SPENT as for OpenRound. One manifest a round: the same one gets the same bytes
         again, another one FAILED_PRECONDITION/ROUND_CLOSED. FAILED_PRECONDITION/QUORUM_NOT_REACHED
         below min_clients; DATA_LOSS/RELEASE_REFUSED when the sum does not open under the
         manifest; the second time, the round is closed for good.
