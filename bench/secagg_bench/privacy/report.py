@@ -185,7 +185,8 @@ def save_figure(results: _Row, path: Path) -> None:
         panels = above.subplots(1, len(datasets) + 1, squeeze=False)[0]
         for axes, dataset in zip(panels, datasets, strict=False):
             _curves(axes, _rows(results, "utility", dataset=dataset, metric="hr10"))
-        _larger(panels[-1], results)
+        if larger := _rows(results, "larger", method="dp_federated", metric="hr10"):
+            _larger(panels[-1], larger, results)
         swept = _rows(results, "sweeps", metric="hr10")
         kinds = _distinct(swept, "sweep")
         panels = below.subplots(
@@ -195,7 +196,8 @@ def save_figure(results: _Row, path: Path) -> None:
         for axes, kind in zip(panels, kinds, strict=False):
             _swept(axes, [row for row in swept if row["sweep"] == kind], kind)
             axes.set_ylim(low - 0.18 * (high - low), high + 0.02)
-        _attacks(panels[-1], _rows(results, "membership"))
+        if attacks := _rows(results, "membership"):
+            _attacks(panels[-1], attacks)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata, dpi=110)
@@ -297,10 +299,9 @@ def _curves(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
     _label(axes, labels)
 
 
-def _larger(axes: Any, results: _Row) -> None:  # noqa: ANN401
+def _larger(axes: Any, larger: list[_Row], results: _Row) -> None:  # noqa: ANN401
     """One method and dataset: a line a size of the population, over epsilon."""
-    larger = _rows(results, "larger", method="dp_federated", metric="hr10")
-    dataset = larger[0]["dataset"] if larger else None
+    dataset = larger[0]["dataset"]
     real = _rows(results, "utility", dataset=dataset, method="dp_federated", metric="hr10")
     rows = [*real, *larger]
     epsilons = _distinct(real or larger, "epsilon")

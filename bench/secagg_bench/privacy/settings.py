@@ -117,19 +117,21 @@ def tuned(dataset: str, clients: int, multiplier: float) -> Tuned:
         return Tuned(Federated(dimensions=4, rounds=2), Cooccurrence(items=30), _TOY_FEDAVG)
     if dataset == "amazon-beauty":
         return Tuned(_beauty(signal), _beauty_cooccurrence(signal))
-    return Tuned(_movies(signal), _movies_cooccurrence(clients, signal))
+    return Tuned(_movies(clients, signal), _movies_cooccurrence(clients, signal))
 
 
 _TOY_FEDAVG = DefaultTraining(rounds=2)
 
 
-def _movies(signal: float) -> Federated:
+def _movies(clients: int, signal: float) -> Federated:
     if signal < 700:
         return Federated(dimensions=4, rounds=8, rate=30.0, popularity_share=0.2)
     if signal < 2_000:
         return Federated()
     if signal < 8_000:
         return Federated(dimensions=16, rounds=8, rate=60.0)
+    if clients > 50_000:  # for speed
+        return Federated(dimensions=16, rounds=8, rate=200.0, newton_steps=2)
     return Federated(dimensions=16, rounds=15, rate=200.0)
 
 
