@@ -170,11 +170,16 @@ def prepare_command(
     delta: Annotated[
         float | None, typer.Option(help="of the budget; well below 1 over the clients")
     ] = None,
+    row_threshold: Annotated[
+        int | None,
+        typer.Option(min=2, help="clients that must have an item for its row to be released"),
+    ] = None,
 ) -> None:
     """Write the recommender's task and initial model, for `secagg-server task create`.
 
-    With --privacy, --epsilon and --delta, each client's contributions are protected by noise, and
-    all clients weigh equally.
+    With --privacy, --epsilon and --delta, each client's contributions are protected by noise.
+    With --row-threshold, items that too few clients have leave the key holder as zeros. With
+    either, all clients weigh equally.
     """
     from secagg_client.prepare import PrivacyWish, prepare
 
@@ -186,7 +191,7 @@ def prepare_command(
             f"expected --privacy, --epsilon and --delta together; got {privacy=}, {epsilon=}, "
             f"{delta=}; give all three, such as --privacy release --epsilon 8 --delta 1e-5"
         )
-    prepare(settings, folder, rounds=rounds, privacy=wish)
+    prepare(settings, folder, rounds=rounds, privacy=wish, least=row_threshold)
     out.print(f"wrote {folder / 'task.toml'} and {folder / 'initial.npz'}", highlight=False)
 
 

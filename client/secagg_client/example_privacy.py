@@ -221,6 +221,18 @@ class PrivateSilo(Silo):
         return self._spent.steps
 
     @property
+    def items(self) -> npt.NDArray[np.int64]:
+        """Not told: which items a silo has is what its noise hides.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            "expected a task without a threshold: a silo with example_epsilon cannot tell which "
+            "items it has; leave one of them out"
+        )
+
+    @property
     def epsilon(self) -> float:
         """Epsilon spent so far, at the budget's delta."""
         return self._spent.epsilon(self._privacy.delta)

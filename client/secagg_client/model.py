@@ -216,6 +216,11 @@ class Silo:
         self._vectors = vectors.detach().numpy().copy()
         return LocalUpdate(update=update, samples=self.samples, loss=loss)
 
+    @property
+    def items(self) -> npt.NDArray[np.int64]:
+        """Items that some user of the silo has, ascending: private, like everything they have."""
+        return np.unique(self._positives[:, 1].numpy())
+
     def score(self, shared: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
         """Scores of all items for this silo's users, float32 ``(users, n_items)``.
 

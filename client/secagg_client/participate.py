@@ -8,6 +8,7 @@ another attempt at a round trains from the same start and gives the same update.
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError, PausedError
+from secagg.parameters import IntegerSegment, Plan
 from secagg.private_files import write
+from secagg.quantize import Contribution
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
 from secagg_client.config import ClientSettings, identity_in
@@ -252,6 +255,23 @@ def _rounding(settings: ClientSettings) -> Callable[[RoundContext], Stream] | No
     return repeatable
 
 
+def _counts(plan: Plan, silo: Silo) -> dict[str, NDArray[np.int64]]:
+    """One for each row that this silo has an item for, where the plan withholds rows of too few.
+
+    Where the plan lets a client count fewer than it has, they are drawn anew in each round.
+    """
+    if plan.threshold is None:
+        return {}
+    name = plan.threshold.counts
+    (counted,) = (s for s in plan.segments if s.name == name and isinstance(s, IntegerSegment))
+    # A norm of m ones is sqrt(m); a little more for its rounding, less than one more would need.
+    most = counted.size if counted.max_norm is None else int(counted.max_norm**2 + 1e-6)
+    items = silo.items.tolist()
+    counts = np.zeros(counted.size, dtype=np.int64)
+    counts[random.SystemRandom().sample(items, min(most, len(items)))] = 1
+    return {name: counts}
+
+
 def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundReport | None:
     """Train and contribute; None when the round went on without this client."""
     before = state.vectors_before(current.number)
@@ -261,7 +281,9 @@ def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundRepor
     trained = silo.train(current.model.tensors, current.number)
     train_s = time.perf_counter() - started
     try:
-        cost = current.contribute({"update": trained.update}, samples=trained.samples)
+        made: dict[str, Contribution] = {"update": trained.update}
+        made |= _counts(current.context.plan, silo)
+        cost = current.contribute(made, samples=trained.samples)
     except (ClosedError, DuplicateError, PausedError) as error:
         _LOG.warning("round_missed", round=current.number, why=error.reason)
         return None

@@ -27,7 +27,7 @@ rounds = {rounds}
 
 [update]
 clip = {clip}
-{weighting}
+{weighting}{rows}
 [[update.tensors]]
 name = "{bias}"
 shape = [{items}]
@@ -42,9 +42,20 @@ weighting = "samples"
 weight_cap = {weight_cap}
 """
 
-# Equal weights: how many samples a client has is private too.
-_PRIVATELY = """\
+# With privacy, how many samples a client has is private too.
+_EQUALLY = """\
 weighting = "equal"
+"""
+
+# Rows that stay apart have to be quantised more finely.
+_ROWS = """\
+rows = {items}
+bits = 13
+"""
+
+_THRESHOLD = """
+[threshold]
+least = {least}
 """
 
 _PRIVACY = """
@@ -84,13 +95,19 @@ class PrivacyWish:
 
 
 def prepare(
-    settings: ClientSettings, folder: Path, *, rounds: int, privacy: PrivacyWish | None = None
+    settings: ClientSettings,
+    folder: Path,
+    *,
+    rounds: int,
+    privacy: PrivacyWish | None = None,
+    least: int | None = None,
 ) -> None:
     """Write ``task.toml`` and ``initial.npz`` into a folder.
 
     Args:
         privacy: noise, and what it may cost; None for exact sums. The noise is as little as the
             rounds allow, which the server computes.
+        least: clients that must have an item for its row to be released; None releases all.
 
     Raises:
         DataError: the data cannot be used.
@@ -104,12 +121,16 @@ def prepare(
         clients=settings.silos,
         rounds=rounds,
         clip=_CLIP,
-        weighting=_PRIVATELY if privacy else _BY_SAMPLES.format(weight_cap=_WEIGHT_CAP),
+        # Rows that stay apart leave no room for a weight.
+        weighting=_EQUALLY if privacy or least else _BY_SAMPLES.format(weight_cap=_WEIGHT_CAP),
+        rows=_ROWS.format(items=items) if least else "",
         bias=ITEM_BIAS,
         factors=ITEM_FACTORS,
         items=items,
         dimensions=settings.dimensions,
     )
+    if least:
+        text += _THRESHOLD.format(least=least)
     if privacy:
         text += _PRIVACY.format(mode=privacy.mode, epsilon=privacy.epsilon, delta=privacy.delta)
     (folder / "task.toml").write_text(text, encoding="utf-8")

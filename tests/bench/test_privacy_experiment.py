@@ -7,7 +7,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from secagg_bench.privacy import cooccurrence, default_training, federated, membership
 from secagg_bench.privacy.__main__ import app
-from secagg_bench.privacy.mechanism import Budget, Channel, Contributions
+from secagg_bench.privacy.mechanism import Budget, Channel, Contributions, Release
 from secagg_bench.privacy.methods import METHODS, Trial
 from secagg_bench.privacy.population import (
     Clients,
@@ -310,6 +310,51 @@ def test_more_bits_come_closer_to_the_exact_sum(bits: int, most: float) -> None:
     given_ = federated.Popularity(toy_clients())
     released = channel(bits=bits).release(given_, 0.0)
     assert np.abs(released.total - given_.total()).max() < most
+
+
+class Watching(Channel):
+    """Keeps the longest contribution and all counts of contributors, over all channels."""
+
+    longest = 0.0
+    counts: ClassVar[set[int]] = set()
+
+    def release(self, contributions: Contributions, multiplier: float) -> Release:
+        lengths = [float(np.linalg.norm(row)) for row in contributions.rows()]
+        Watching.longest = max(Watching.longest, *lengths)
+        released = super().release(contributions, multiplier)
+        Watching.counts.add(released.contributors)
+        return released
+
+
+@pytest.fixture
+def watching() -> type[Watching]:
+    Watching.longest = 0.0
+    Watching.counts.clear()
+    return Watching
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_whatever_is_released_holds_nobody_beyond_norm_one(
+    method: str, watching: type[Watching]
+) -> None:
+    users = toy_clients()
+    used = watching(Budget(8.0, 1e-3), np.random.default_rng(0))
+    chosen = Tuned(
+        federated.Federated(dimensions=3, rounds=2),
+        cooccurrence.Cooccurrence(items=20),
+        default_training.DefaultTraining(rounds=2, clip=0.1),
+    )
+    METHODS[method](Trial(users, users, chosen, used, np.random.default_rng(1)))
+    assert 0.99 < watching.longest <= 1 + 1e-5
+
+
+def test_a_canary_that_is_absent_is_counted_all_the_same(
+    watching: type[Watching], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "Channel", watching)
+    options = federated.Federated(dimensions=2, rounds=1)
+    membership.canary_trials(toy_clients(), options, NO_NOISE, 7, 4, 0, lambda: None)
+    assert watching.counts == {7}
 
 
 def test_releases_do_not_show_in_a_repr() -> None:

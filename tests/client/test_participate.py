@@ -42,8 +42,9 @@ from secagg.errors import (
     WrongRoleError,
 )
 from secagg.keyholder import KeyHolder
-from secagg.parameters import Privacy
-from secagg.planner import plan_tensors
+from secagg.parameters import FloatSegment, IntegerSegment, Privacy, RowThreshold, TensorSpec
+from secagg.planner import make_plan, plan_tensors
+from secagg.quantize import quantize_integers
 from secagg.receipts import SigningKey
 from secagg.verdicts import Verdict
 from secagg.wire import codec
@@ -58,6 +59,7 @@ from secagg_client.participate import (
     Participation,
     RoundReport,
     StateDir,
+    _counts,
     _rounding,
     _take_part,
     load_silo,
@@ -89,6 +91,7 @@ class _Round:
 
     def __init__(self, number: int, refusal: Exception | None = None) -> None:
         self.number = number
+        self.context = KeyHolder(plan_tensors(10, max_clients=5, clip=1.0)).context
         self.model = type("Model", (), {"tensors": init_shared(ITEMS, 4, 0)})()
         self.refusal = refusal
         self.update: dict[str, Any] = {}
@@ -199,6 +202,32 @@ def test_a_silo_with_an_example_budget_trains_by_noisy_steps(tmp_path: Path) -> 
     again.train({name: part + first.update[name] for name, part in table.items()}, 2)
     with pytest.raises(ConfigurationError, match="epsilon"):
         again.train(table, 3)
+
+
+@pytest.mark.parametrize("most", [None, 7])
+def test_a_silo_counts_the_items_it_has_where_rows_are_withheld(
+    tmp_path: Path, most: int | None
+) -> None:
+    """Of no more items than the plan lets it, and of others in another round."""
+    table = FloatSegment(
+        "update",
+        (TensorSpec("item_bias", (ITEMS,)), TensorSpec("item_factors", (ITEMS, 4))),
+        1.0,
+        13,
+        rows=ITEMS,
+    )
+    norm = None if most is None else most**0.5
+    counts = IntegerSegment("contributors", ITEMS, 1, norm)
+    plan = make_plan([table, counts], max_clients=5, threshold=RowThreshold("contributors", 3))
+    _, silo = load_silo(_settings(tmp_path))
+    drawn = [_counts(plan, silo)["contributors"] for _ in range(2)]
+    for counted in drawn:
+        assert counted.shape == (ITEMS,)
+        assert set(np.flatnonzero(counted)) <= set(silo.items.tolist())
+        assert counted.sum() == (silo.items.size if most is None else most)
+        quantize_integers(counts, counted, rotation=bytes(32))  # within what the plan allows
+    assert np.array_equal(*drawn) == (most is None)
+    assert _counts(plan_tensors(10, max_clients=5, clip=1.0), silo) == {}
 
 
 def test_noise_from_a_seed_that_others_know_is_refused(tmp_path: Path) -> None:

@@ -116,11 +116,12 @@ def tuned(dataset: str, clients: int, multiplier: float) -> Tuned:
     if dataset == "toy":
         return Tuned(Federated(dimensions=4, rounds=2), Cooccurrence(items=30), _TOY_FEDAVG)
     if dataset == "amazon-beauty":
-        return Tuned(_beauty(signal), _beauty_cooccurrence(signal))
+        return Tuned(_beauty(signal), _beauty_cooccurrence(signal), _BEAUTY_FEDAVG)
     return Tuned(_movies(clients, signal), _movies_cooccurrence(clients, signal))
 
 
 _TOY_FEDAVG = DefaultTraining(rounds=2)
+_BEAUTY_FEDAVG = DefaultTraining(clip=0.3, rate=1500.0)
 
 
 def _movies(clients: int, signal: float) -> Federated:
