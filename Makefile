@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint proto proto-check bench gallery clean
+.PHONY: help setup demo test test-slow lint proto proto-check bench gallery privacy clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,11 @@ bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into t
 
 gallery: $(STAMP) ## Measure what poisoning does and what stops it (needs SECAGG_DATA_DIR, minutes)
 	$(BIN)/python -m secagg_bench.gallery.run
+
+privacy: $(STAMP) ## Measure what privacy costs, and attacks with and without it (needs SECAGG_DATA_DIR, an hour)
+	$(BIN)/python -m secagg_bench.noise_cost --output bench/results/noise_cost.json
+	$(BIN)/python -m secagg_bench.private_checks --output bench/results/private_checks.json
+	$(BIN)/python -m secagg_bench.privacy
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,9 +1,10 @@
 """How far poison must be scaled before the norm check refuses it, under each mode of privacy.
 
 A client can scale its update, or, where noise has ciphertexts of its own, put an update in the
-noise's place, whose bound is as much wider as the noise is. For both, the smallest
-scaling that is refused 999 times of 1000: computed from the spread of the estimates over thousands
-of sketches, then tried. Run as ``python -m secagg_bench.private_checks --output results.json``.
+noise's place, whose bound is as much wider as the noise is. For both, the smallest scaling that is
+refused 999 times of 1000, by the law of `pass_law`; then tried.
+
+Run as ``python -m secagg_bench.private_checks --output results.json``.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from secagg import ring
 from secagg.context import RoundContext
 from secagg.encryptor import upload_integers
 from secagg.keyholder import KeyHolder
-from secagg.norm_check import _energy, passes
+from secagg.norm_check import passes
 from secagg.packing import pack
 from secagg.parameters import RING_DEGREE, FloatSegment, NormCheck, Plan, Privacy, TensorSpec
 from secagg.planner import make_plan
 from secagg.quantize import quantize
 from secagg.sampling import Stream
+from secagg.sketch_shape import norm_shapes
 from secagg.sketches import Sketch, sketch
-from secagg_bench.pass_law import confidence
+from secagg_bench.pass_law import confidence, dense_passes
 
 __all__ = ["main"]
 
 PARAMETERS = 28_594  # of the demo's item table
 CLIENTS = (30, 100)
+_PASSING = 1e-3
 _NO_KEY = np.zeros(RING_DEGREE, dtype=np.int64)  # what is judged does not depend on the key
 
 Integers = NDArray[np.int64]
@@ -76,31 +79,24 @@ def _parts(context: RoundContext, drawn: np.random.Generator) -> tuple[list[Inte
 def measure(
     mode: str, multiplier: float, place: str, trials: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """The smallest refused scaling of one mode and place, and how often it was refused."""
+    """The smallest scaling that the law refuses 999 times of 1000, and how often it was refused."""
     plan = plan_of(mode, multiplier)
     context, drawn = KeyHolder(plan).context, np.random.default_rng(seed)
     index = 0 if place == "update" else 1
-    layout = plan.upload_layouts[index]
-    name = f"{mode}, z = {multiplier:g}, in the {place}"
-    task = progress.add_task(name, total=2 * trials)
-    ratios, unit = [], 0.0
-    for _ in range(trials):
-        parts, update = _parts(context, drawn)
-        unit = float(np.linalg.norm(update))
-        made = _sketched(context, parts, drawn)
-        truth = float(np.square(parts[index].astype(float)).sum())
-        ratios.append(_energy(layout, made.norms[index], _NO_KEY) / truth)
-        progress.advance(task)
-    low = float(np.quantile(ratios, 1e-3))
-    bound = (1 + (plan.norm_check or NormCheck()).margin) * layout.norm
-    scaling = math.ceil(100 * bound / (unit * math.sqrt(low))) / 100 + 0.01
-    refused = 0
+    layout, margin = plan.upload_layouts[index], (plan.norm_check or NormCheck()).margin
+    unit = float(np.linalg.norm(_parts(context, drawn)[1]))
+    (degrees,) = (
+        shape.rows * shape.values * layout.digits
+        for shape in norm_shapes(plan)
+        if shape.segment == index
+    )
+    scaling = math.ceil(100 * _refused_norm(margin, degrees) * layout.norm / unit) / 100
+    task, refused = progress.add_task(f"{mode}, in the {place}", total=trials), 0
     for _ in range(trials):
         parts, update = _parts(context, drawn)
         parts[index] = np.rint(scaling * update).astype(np.int64)
         refused += not passes(plan, _NO_KEY, _sketched(context, parts, drawn))
         progress.advance(task)
-    interval = confidence(refused, trials)
     return {
         "mode": mode,
         "noise_multiplier": multiplier,
@@ -108,11 +104,18 @@ def measure(
         "scaling": scaling,
         "refused": refused,
         "trials": trials,
-        "interval": interval,
+        "interval": confidence(refused, trials),
         "noise_std_of_a_client": plan.layouts[0].noise,
         "update_norm": unit,
-        "bound": bound,
+        "bound": layout.norm,
     }
+
+
+def _refused_norm(margin: float, degrees: int) -> float:
+    """The norm of dense updates, as a multiple of the bound, of which one in 1000 passes."""
+    norms = np.arange(1.0, 4.0, 0.001)
+    passing = [dense_passes(float(norm), margin, degrees) for norm in norms]
+    return float(norms[np.argmax(np.array(passing) <= _PASSING)])
 
 
 def main() -> None:

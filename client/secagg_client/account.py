@@ -46,7 +46,7 @@ def accounts_table(accounts: Sequence[Account], max_epsilon: float | None) -> No
         )
         for account in accounts
     ]
-    columns = ("task", "rounds", "clip norm", "noise", "spent", "at most", "budget", "left")
+    columns = ("task", "rounds", "first clip", "noise", "spent", "at most", "budget", "left")
     print_table(columns, rows)
     out.print(_LEGEND, highlight=False)
 

@@ -187,6 +187,8 @@ def save_figure(results: _Row, path: Path) -> None:
             _curves(axes, _rows(results, "utility", dataset=dataset, metric="hr10"))
         if larger := _rows(results, "larger", method="dp_federated", metric="hr10"):
             _larger(panels[-1], larger, results)
+        else:
+            panels[-1].set_axis_off()
         swept = _rows(results, "sweeps", metric="hr10")
         kinds = _distinct(swept, "sweep")
         panels = below.subplots(
@@ -195,9 +197,11 @@ def save_figure(results: _Row, path: Path) -> None:
         low, high = min(_ends(swept)), max(_ends(swept))
         for axes, kind in zip(panels, kinds, strict=False):
             _swept(axes, [row for row in swept if row["sweep"] == kind], kind)
-            axes.set_ylim(low - 0.18 * (high - low), high + 0.02)
+            axes.set_ylim(low - 0.1 * (high - low), high + 0.02)
         if attacks := _rows(results, "membership"):
             _attacks(panels[-1], attacks)
+        else:
+            panels[-1].set_axis_off()
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata, dpi=110)
@@ -334,14 +338,10 @@ def _swept(axes: Any, rows: list[_Row], sweep: str) -> None:  # noqa: ANN401
                 _line(axes, mine, lambda row: values.index(row[key]), colour, marker, style)
     _tidy(axes, f"By {sweep}", _SWEEPS[sweep])
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-    if sweep == "clients":
-        for place, (text, colour) in enumerate(
-            (
-                ("co-occurrence", _STYLES["dp_cooccurrence"][0]),
-                ("matrix factorisation", _STYLES["dp_federated"][0]),
-                ("full: with noise (ε = 8), dashed: without", _SOFT),
-            )
-        ):
+    if sweep == "bits":  # where there is room
+        lines = [(_SHORT[method], _STYLES[method][0]) for method in _distinct(rows, "method")]
+        lines += [("full: ε = 8", _SOFT), ("dashed: no noise", _SOFT)]
+        for place, (text, colour) in enumerate(reversed(lines)):
             axes.text(
                 0.97,
                 0.02 + 0.07 * place,

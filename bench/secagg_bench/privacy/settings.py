@@ -78,7 +78,7 @@ class Sizes:
     cohorts: int = 32
     attacked: tuple[float, ...] = (1.0, 8.0, math.inf)
     canary_sizes: tuple[int, ...] = (10, 30)
-    canary_trials: int = 1000
+    canary_trials: int = 600
     local_users: int = 100
 
 
