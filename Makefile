@@ -57,7 +57,7 @@ gallery: $(STAMP) ## Measure what poisoning does and what stops it (needs SECAGG
 privacy: $(STAMP) ## Measure what privacy costs, and attacks with and without it (needs SECAGG_DATA_DIR, an hour)
 	$(BIN)/python -m secagg_bench.noise_cost --output bench/results/noise_cost.json
 	$(BIN)/python -m secagg_bench.private_checks --output bench/results/private_checks.json
-	$(BIN)/python -m secagg_bench.privacy
+	$(BIN)/python -m secagg_bench.privacy --table docs/privacy-results.md
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -111,7 +111,8 @@ def main(
         raise InputError(f"expected results in {output} to draw; got none; measure first")
     save_figure(earlier, figure)
     if table is not None:
-        table.write_text(markdown(earlier), encoding="utf-8")
+        title = "# What privacy costs: all tables\n\nSee [differential privacy](privacy.md).\n\n"
+        table.write_text(title + markdown(earlier), encoding="utf-8")
     out.print(f"wrote {output} and {figure}", highlight=False)
 
 
