@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Tables are as wide as the first module to print found the terminal: the same for all tests.
+os.environ["COLUMNS"] = "200"
+
 DATA_DIR = os.environ.get("SECAGG_DATA_DIR")
 REQUIRE_DATA = os.environ.get("SECAGG_REQUIRE_DATA") == "1"
 

@@ -245,8 +245,12 @@ async def test_uploads_of_several_chunks_are_sketched_whole(folder: Path) -> Non
 
 
 def small_parts(context: RoundContext, index: int) -> list[Quantized]:
-    layouts = context.plan.layouts
-    return [Quantized(np.full(layout.values, index - 3)) for layout in layouts]
+    """Values of both signs: all alike, they would sit at few roots, and be refused now and then."""
+    drawn = np.random.default_rng(index)
+    return [
+        Quantized(drawn.integers(-2, 3, layout.values).astype(np.int64))
+        for layout in context.plan.layouts
+    ]
 
 
 def small(context: RoundContext, index: int, commitment: bytes) -> Upload:
