@@ -27,7 +27,7 @@ test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP) ## Run the slow tests
-	$(BIN)/python -m pytest -q -m slow --timeout 600
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow --timeout 600
 
 lint: $(STAMP) ## Style, types, and the direction of imports
 	$(BIN)/ruff check .
