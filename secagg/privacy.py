@@ -2,9 +2,9 @@
 
 Client-level differential privacy under zero-out adjacency: neighbouring runs differ in one client's
 contribution being replaced by zeros (Kairouz et al. 2021, "Practical and Private (Deep) Learning
-without Sampling or Shuffling", section 2). How many clients contribute is public. Losses are in
-rho-zCDP (Bun and Steinke 2016): they add up over segments and releases, and `accounting` turns the
-total into epsilon and delta. Nothing here is random or secret. See docs/privacy.md.
+without Sampling or Shuffling"). How many clients contribute is public. Losses are in rho-zCDP (Bun
+and Steinke 2016): they add up over segments and releases, and `accounting` turns the total into
+epsilon and delta. Nothing here is random or secret. See docs/privacy.md.
 """
 
 from __future__ import annotations
