@@ -58,6 +58,7 @@ privacy: $(STAMP) ## Measure what privacy costs, and attacks with and without it
 	$(BIN)/python -m secagg_bench.noise_cost --output bench/results/noise_cost.json
 	$(BIN)/python -m secagg_bench.private_checks --output bench/results/private_checks.json
 	$(BIN)/python -m secagg_bench.privacy --table docs/privacy-results.md
+	$(BIN)/python -m secagg_bench.readme
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -54,11 +54,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secagg.errors import InputError
+from secagg.parameters import NOISE_TAIL
 from secagg.sampling import Stream
 
 __all__ = ["CUT_MASS", "LARGEST_STD", "TAIL", "discrete_gaussian"]
 
-TAIL = 10
+TAIL: int = NOISE_TAIL
 """Every sample is below ``TAIL * std`` in magnitude."""
 
 CUT_MASS: float = 2.0**-72

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import secagg_client.data  # noqa: F401 - adds its error to the tree
 from secagg import errors
 from secagg.settings import Settings, load
+from secagg_bench.privacy.report import markdown
 from secagg_client.config import ClientSettings
 from secagg_keyholder.config import KeyHolderSettings
 from secagg_server import states
@@ -68,3 +70,20 @@ def test_architecture_page_draws_the_states_of_the_code() -> None:
 def test_no_page_names_a_machine_path() -> None:
     for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/**/*.toml")]:
         assert "/work/" not in page.read_text(encoding="utf-8")
+
+
+def test_the_figures_of_the_privacy_page_are_those_of_the_results() -> None:
+    """All tables are made from the results file; what the page quotes stands in them."""
+    results = json.loads((ROOT / "bench" / "results" / "privacy.json").read_text(encoding="utf-8"))
+    tables = (ROOT / "docs" / "privacy-results.md").read_text(encoding="utf-8")
+    assert tables.endswith(markdown(results))
+    page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    start = page.index("## What it costs")
+    quoted = [
+        figure
+        for line in page[start : page.index("### Membership inference")].splitlines()
+        if line.startswith("| ")
+        for figure in re.findall(r"\b0\.\d{3}\b", line)
+    ]
+    assert len(quoted) > 40
+    assert not [figure for figure in quoted if figure not in tables]

@@ -41,9 +41,10 @@ def test_quick_start_runs_and_opens_the_sum_of_three() -> None:
     assert np.abs(found - expected).max() < 0.001 * 1.5
 
 
-def test_the_norm_check_lets_five_honest_clients_in() -> None:
-    match = re.search(r"<!-- norm check.*?-->\n```python\n(.*?)```", README, re.DOTALL)
-    assert match, "the README has lost its norm check"
+def _printed(marker: str) -> str:
+    """What the README's code under a marker prints."""
+    match = re.search(rf"<!-- {marker}:.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    assert match, f"the README has lost its {marker}"
     done = subprocess.run(
         [sys.executable, "-c", match.group(1)],
         capture_output=True,
@@ -51,20 +52,15 @@ def test_the_norm_check_lets_five_honest_clients_in() -> None:
         timeout=60,
         check=True,
     )
-    assert done.stdout.strip() == "5"
+    return done.stdout.strip()
+
+
+def test_the_norm_check_lets_five_honest_clients_in() -> None:
+    assert _printed("norm check") == "5"
 
 
 def test_the_privacy_budget_has_room_for_the_releases_it_was_made_for() -> None:
-    match = re.search(r"<!-- privacy:.*?-->\n```python\n(.*?)```", README, re.DOTALL)
-    assert match, "the README has lost its privacy budget"
-    done = subprocess.run(
-        [sys.executable, "-c", match.group(1)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    mean, spent = done.stdout.strip().split("\n")
+    mean, spent = _printed("privacy").split("\n")
     # 0.01, the noise of 1000 coordinates in the mean of 200: 0.001; clipping and rounding.
     assert abs(float(mean) - 0.01) <= 0.01
     assert re.fullmatch(r"epsilon 1\.\d spent, room for 19 more", spent)

@@ -22,6 +22,7 @@ from secagg.commands import (
 )
 from secagg.errors import ConfigurationError
 from secagg.options import with_settings
+from secagg.parameters import Privacy
 from secagg_client.config import ClientSettings, identity_in
 from secagg_client.switch import Switch
 
@@ -181,11 +182,11 @@ def prepare_command(
     With --row-threshold, items that too few clients have leave the key holder as zeros. With
     either, all clients weigh equally.
     """
-    from secagg_client.prepare import PrivacyWish, prepare
+    from secagg_client.prepare import prepare
 
     wish = None
     if privacy is not None and epsilon is not None and delta is not None:
-        wish = PrivacyWish(privacy, epsilon, delta)
+        wish = Privacy(privacy, 1.0, epsilon, delta)
     elif (privacy, epsilon, delta) != (None, None, None):
         raise ConfigurationError(
             f"expected --privacy, --epsilon and --delta together; got {privacy=}, {epsilon=}, "

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from secagg.errors import ConfigurationError
+from secagg.parameters import Privacy
 from secagg_client.config import ClientSettings
 from secagg_client.data import load_dataset
 from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, init_shared
 
-__all__ = ["PrivacyWish", "prepare"]
+__all__ = ["prepare"]
 
 # Clips one update in twenty of a run on MovieLens 100K in eight silos, all in its first rounds.
 _CLIP = 40.0
@@ -66,47 +65,19 @@ delta = {delta!r}
 """
 
 
-@dataclass(frozen=True, slots=True)
-class PrivacyWish:
-    """Differential privacy for each client of a task to be.
-
-    Attributes:
-        mode: who adds the noise: ``"release"``, ``"distributed"`` or ``"local"``.
-        epsilon, delta: the budget of all rounds together.
-
-    Raises:
-        ConfigurationError: not a mode, or not a budget.
-    """
-
-    mode: str
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("release", "distributed", "local"):
-            raise ConfigurationError(
-                f"expected a privacy mode of release, distributed or local; got {self.mode!r}"
-            )
-        if not (0.0 < self.epsilon <= 1e6 and 1e-30 <= self.delta <= 0.1):
-            raise ConfigurationError(
-                "expected epsilon above 0, up to 1e6, and delta from 1e-30 to 0.1; got "
-                f"epsilon={self.epsilon}, delta={self.delta}; 8 and 1e-5 are usual"
-            )
-
-
 def prepare(
     settings: ClientSettings,
     folder: Path,
     *,
     rounds: int,
-    privacy: PrivacyWish | None = None,
+    privacy: Privacy | None = None,
     least: int | None = None,
 ) -> None:
     """Write ``task.toml`` and ``initial.npz`` into a folder.
 
     Args:
-        privacy: noise, and what it may cost; None for exact sums. The noise is as little as the
-            rounds allow, which the server computes.
+        privacy: who adds noise, and what it may cost; None for exact sums. Its noise multiplier is
+            left to the server, which finds the smallest that the rounds allow.
         least: clients that must have an item for its row to be released; None releases all.
 
     Raises:

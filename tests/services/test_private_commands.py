@@ -354,7 +354,10 @@ def test_a_recommenders_task_is_exact_unless_privacy_is_asked_for() -> None:
         (("--privacy", "release"), "epsilon=None"),
         (("--privacy", "release", "--epsilon", 8), "delta=None"),
         (("--epsilon", 8, "--delta", 1e-5), "privacy=None"),
-        (("--privacy", "central", *BUDGET), "release, distributed or local; got 'central'"),
+        (
+            ("--privacy", "central", *BUDGET),
+            "'local'); got mode='central'",
+        ),
         (("--privacy", "release", "--epsilon", 0, "--delta", 1e-5), "epsilon above 0"),
         (("--privacy", "release", "--epsilon", "nan", "--delta", 1e-5), "epsilon above 0"),
         (("--privacy", "release", "--epsilon", 8, "--delta", 0.5), "delta from 1e-30 to 0.1"),
