@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import secagg_client.data  # noqa: F401 - adds its error to the tree
+import secagg_recommender.interactions  # noqa: F401 - adds its error to the tree
 from secagg import errors
 from secagg.settings import Settings, load
 from secagg_bench.privacy.report import markdown

@@ -15,9 +15,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from secagg_client.data import DataError, Split, partition_users
-from secagg_client.evaluation import Evaluator, Metrics, ScoresFn, factor_scores
-from secagg_client.model import LocalUpdate, SharedTensors, Silo, TrainConfig, init_shared
+from secagg_recommender.evaluation import Evaluator, Metrics, ScoresFn, factor_scores
+from secagg_recommender.factorisation import (
+    LocalUpdate,
+    SharedTensors,
+    Silo,
+    TrainConfig,
+    init_shared,
+)
+from secagg_recommender.interactions import DataError, Split
+from secagg_recommender.partition import partition_users
 
 __all__ = [
     "BaselineResult",

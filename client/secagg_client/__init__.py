@@ -1,5 +1,5 @@
-"""The device: data, local training, and the session that contributes to a server's rounds.
+"""The device: the session that contributes to a server's rounds, and the `secagg-client` command.
 
-`session` needs neither torch nor pandas, so that any program can join a task of its own; the
-recommender (`data`, `model`, `evaluation`, `recommend`) builds on it.
+`session` needs neither torch nor pandas, so that any program can join a task of its own. What the
+recommender computes is in `secagg_recommender`.
 """

@@ -26,17 +26,12 @@ from secagg.quantize import Contribution
 from secagg.receipts import SigningKey
 from secagg.sampling import Stream
 from secagg_client.config import ClientSettings, identity_in
-from secagg_client.data import (
-    DataError,
-    Interactions,
-    Split,
-    load_dataset,
-    partition_users,
-    split_leave_one_out,
-)
-from secagg_client.model import Silo, TrainConfig
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.session import ClientSession, CurrentRound, Judgement
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.factorisation import Silo, TrainConfig
+from secagg_recommender.interactions import DataError, Interactions, Split, split_leave_one_out
+from secagg_recommender.partition import partition_users
 
 __all__ = [
     "Participation",
@@ -156,7 +151,7 @@ def _private_silo(
     epsilon: float,
 ) -> Silo:
     # opacus takes seconds to load, and is an extra.
-    from secagg_client.example_privacy import ExamplePrivacy, PrivateSilo
+    from secagg_recommender.example_privacy import ExamplePrivacy, PrivateSilo
 
     privacy = ExamplePrivacy.for_rounds(
         settings.example_rounds,

@@ -8,8 +8,8 @@ import numpy as np
 
 from secagg.parameters import Privacy
 from secagg_client.config import ClientSettings
-from secagg_client.data import load_dataset
-from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, init_shared
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, init_shared
 
 __all__ = ["prepare"]
 

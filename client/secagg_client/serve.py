@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from secagg.archive import read_npz
 from secagg_client.config import ClientSettings
-from secagg_client.data import DataError, Interactions, load_dataset, split_leave_one_out
-from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
 from secagg_client.participate import StateDir, train_config
-from secagg_client.recommend import recommend
 from secagg_client.session import ClientSession
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
+from secagg_recommender.interactions import DataError, Interactions, split_leave_one_out
+from secagg_recommender.recommend import recommend
 
 __all__ = ["Suggestion", "recommend_for"]
 

@@ -22,9 +22,10 @@ from secagg_bench.baselines import (
     popular,
     silo_weight,
 )
-from secagg_client.data import DataError, Split, load_dataset, split_leave_one_out
-from secagg_client.evaluation import evaluate
-from secagg_client.model import LocalUpdate, TrainConfig, init_shared
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.evaluation import evaluate
+from secagg_recommender.factorisation import LocalUpdate, TrainConfig, init_shared
+from secagg_recommender.interactions import DataError, Split, split_leave_one_out
 
 REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
 HAS_MOVIELENS = bool(REAL_DATA) and Path(REAL_DATA, "ml-100k", "ratings.csv").is_file()

@@ -16,8 +16,9 @@ from secagg_bench.demo import results as results_
 from secagg_bench.demo.report import render
 from secagg_bench.demo.run import Observer, run_demo
 from secagg_bench.demo.settings import DemoSettings, Source, find_data
-from secagg_client.data import load_dataset, split_leave_one_out
-from secagg_client.evaluation import evaluate, factor_scores
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.evaluation import evaluate, factor_scores
+from secagg_recommender.interactions import split_leave_one_out
 
 SUPPORT = Path(__file__).parents[1] / "support"
 TOY = DemoSettings(silos=3, rounds=2, dimensions=4, clip=10.0, weight_cap=5000, seed=3)
@@ -166,7 +167,7 @@ def test_marketplace_stands_in_where_nothing_can_be_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from secagg_bench.demo import settings
-    from secagg_client.data import DataError
+    from secagg_recommender.interactions import DataError
 
     def unreachable(_folder: Path) -> Path:
         raise DataError("expected an index; it is unreachable")

@@ -37,7 +37,8 @@ from secagg_bench.gallery.report import markdown, save_figure
 from secagg_bench.gallery.run import Sizes, run_gallery, validate
 from secagg_bench.gallery.single_users import single_user_cosines
 from secagg_bench.gallery.uploads import upload
-from secagg_client.data import NO_TEST_ITEM, Split, load_dataset, split_leave_one_out
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.interactions import NO_TEST_ITEM, Split, split_leave_one_out
 
 pytestmark = pytest.mark.timeout(300)  # dozens of short trainings, on a machine that may be busy
 

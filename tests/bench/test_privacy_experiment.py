@@ -30,9 +30,9 @@ from secagg_bench.privacy.ranking import UserEvaluator, interval
 from secagg_bench.privacy.report import markdown, save_figure
 from secagg_bench.privacy.run import SECTIONS, measure, validate
 from secagg_bench.privacy.settings import Sizes, Tuned, delta_of, quick, tuned
-from secagg_client.data import NO_TEST_ITEM, DataError, Split
-from secagg_client.evaluation import Evaluator
-from secagg_client.model import TrainConfig, fit_user, init_shared
+from secagg_recommender.evaluation import Evaluator
+from secagg_recommender.factorisation import TrainConfig, fit_user, init_shared
+from secagg_recommender.interactions import NO_TEST_ITEM, DataError, Split
 
 pytestmark = pytest.mark.timeout(300)  # small trainings, on a machine that may be busy
 

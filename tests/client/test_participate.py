@@ -51,10 +51,7 @@ from secagg.wire import codec
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg_client.cli import app
 from secagg_client.config import ClientSettings
-from secagg_client.data import DataError
-from secagg_client.example_privacy import PrivateSilo
 from secagg_client.ledger import Fate, Ledger
-from secagg_client.model import init_shared
 from secagg_client.participate import (
     Participation,
     RoundReport,
@@ -69,6 +66,9 @@ from secagg_client.prepare import prepare
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.serve import recommend_for
 from secagg_client.session import ClientSession, Cost
+from secagg_recommender.example_privacy import PrivateSilo
+from secagg_recommender.factorisation import init_shared
+from secagg_recommender.interactions import DataError
 from secagg_server.services import AggregationService
 from secagg_server.states import TaskState
 from secagg_server.tasks import read_task

@@ -24,10 +24,11 @@ from secagg.release import Release
 from secagg_bench import baselines
 from secagg_bench.baselines import BaselineResult, CurvePoint, Factors, Progress, build_silos
 from secagg_bench.demo.settings import TASK_ID, DemoSettings
-from secagg_client.data import Split, load_dataset, split_leave_one_out
-from secagg_client.evaluation import Evaluator
-from secagg_client.model import Silo, init_shared
 from secagg_client.repeatable import repeatable_rounding
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.evaluation import Evaluator
+from secagg_recommender.factorisation import Silo, init_shared
+from secagg_recommender.interactions import Split, split_leave_one_out
 
 __all__ = ["federated_plaintext", "main"]
 

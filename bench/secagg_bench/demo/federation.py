@@ -20,8 +20,8 @@ from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
 from secagg_bench.demo.settings import TASK_ID, DemoSettings, Source
 from secagg_bench.processes import Program, Services, running_services
-from secagg_client.model import SharedTensors, init_shared
 from secagg_client.session import ClientKit, ClientSession
+from secagg_recommender.factorisation import SharedTensors, init_shared
 from secagg_server.operator import Operator
 from secagg_server.tasks import TaskSpec
 

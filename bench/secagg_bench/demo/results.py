@@ -10,8 +10,8 @@ from typing import Any
 from secagg.parameters import FloatSegment
 from secagg_bench.demo.federation import EncryptedRun
 from secagg_bench.demo.settings import DemoSettings, Source
-from secagg_client.data import Interactions, Split
-from secagg_client.evaluation import evaluate, factor_scores
+from secagg_recommender.evaluation import evaluate, factor_scores
+from secagg_recommender.interactions import Interactions, Split
 
 __all__ = ["METRIC_SYSTEMS", "assemble", "passed"]
 

@@ -20,7 +20,8 @@ from secagg_bench.demo import results as results_
 from secagg_bench.demo.federation import EncryptedRun, run_encrypted
 from secagg_bench.demo.report import render
 from secagg_bench.demo.settings import DemoSettings, Source
-from secagg_client.data import load_dataset, split_leave_one_out
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.interactions import split_leave_one_out
 
 __all__ = ["Observer", "run_demo"]
 

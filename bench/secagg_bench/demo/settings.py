@@ -9,8 +9,9 @@ from typing import Literal
 from secagg.parameters import FloatSegment, NormCheck, Plan, TensorSpec
 from secagg.planner import make_plan
 from secagg_bench.baselines import RunConfig
-from secagg_client.data import DataError, fetch_movielens
-from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, TrainConfig
+from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, TrainConfig
+from secagg_recommender.interactions import DataError
+from secagg_recommender.movielens import fetch_movielens
 
 __all__ = ["DemoSettings", "Source", "find_data"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from secagg.parameters import FloatSegment
 from secagg.quantize import unflatten
 from secagg_bench.gallery import uploads
-from secagg_client.data import Split
-from secagg_client.model import ITEM_BIAS
+from secagg_recommender.factorisation import ITEM_BIAS
+from secagg_recommender.interactions import Split
 
 __all__ = ["ATTACKS", "WEIGHT_ATTACKS", "Attack", "Situation", "with_flipped_labels"]
 

@@ -33,9 +33,9 @@ from secagg.release import Release
 from secagg.upload import Upload
 from secagg_bench.gallery import uploads
 from secagg_bench.gallery.attacks import Attack, Situation, with_flipped_labels
-from secagg_client.data import NO_TEST_ITEM, Split, partition_users
-from secagg_client.evaluation import Evaluator, Metrics, factor_scores
-from secagg_client.model import (
+from secagg_client.repeatable import repeatable_rounding
+from secagg_recommender.evaluation import Evaluator, Metrics, factor_scores
+from secagg_recommender.factorisation import (
     ITEM_BIAS,
     ITEM_FACTORS,
     SharedTensors,
@@ -43,7 +43,8 @@ from secagg_client.model import (
     TrainConfig,
     init_shared,
 )
-from secagg_client.repeatable import repeatable_rounding
+from secagg_recommender.interactions import NO_TEST_ITEM, Split
+from secagg_recommender.partition import partition_users
 
 __all__ = ["Defence", "Federation", "Run", "Setting", "partition", "target_item", "taste_silos"]
 

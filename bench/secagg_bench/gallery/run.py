@@ -29,7 +29,8 @@ from secagg_bench.gallery.attacks import ATTACKS, WEIGHT_ATTACKS, Attack
 from secagg_bench.gallery.federation import Defence, Federation, Run, Setting, partition
 from secagg_bench.gallery.malformed import CASES, Case, Layer, Scene, outcome
 from secagg_bench.gallery.single_users import single_user_cosines
-from secagg_client.data import Split, load_dataset, split_leave_one_out
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.interactions import Split, split_leave_one_out
 
 _Named = TypeVar("_Named", Attack, Case)
 

@@ -10,8 +10,8 @@ import numpy as np
 from secagg.parameters import FloatSegment
 from secagg.quantize import flatten, unflatten
 from secagg_bench.gallery.federation import Setting
-from secagg_client.data import Split
-from secagg_client.model import Silo, TrainConfig, init_shared
+from secagg_recommender.factorisation import Silo, TrainConfig, init_shared
+from secagg_recommender.interactions import Split
 
 __all__ = ["single_user_cosines"]
 

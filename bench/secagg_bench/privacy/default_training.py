@@ -1,8 +1,8 @@
 """Plain DP-FedAvg: the client library's local training, as it is, with one user a client.
 
 User vectors and copies of the touched rows of the table take two steps of Adam a round, as
-`secagg_client.model.Silo` would with the same configuration; what came of the rows is clipped,
-summed, noised and averaged (McMahan et al. 2018, "Learning Differentially Private Recurrent
+`secagg_recommender.factorisation.Silo` would with the same configuration; what came of the rows is
+clipped, summed, noised and averaged (McMahan et al. 2018, "Learning Differentially Private Recurrent
 Language Models"). Two things differ from a silo, for speed: a round's negatives serve both epochs,
 and repeats among them are dropped. Read `cooccurrence` next.
 """
@@ -17,8 +17,14 @@ from numpy.typing import NDArray
 
 from secagg_bench.privacy.mechanism import Channel
 from secagg_bench.privacy.population import Clients
-from secagg_client.evaluation import ScoresFn, factor_scores
-from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, SharedTensors, TrainConfig, init_shared
+from secagg_recommender.evaluation import ScoresFn, factor_scores
+from secagg_recommender.factorisation import (
+    ITEM_BIAS,
+    ITEM_FACTORS,
+    SharedTensors,
+    TrainConfig,
+    init_shared,
+)
 
 __all__ = ["DefaultTraining", "LocalRows", "local_training", "train"]
 

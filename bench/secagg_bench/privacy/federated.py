@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from secagg_bench.privacy.mechanism import Channel
 from secagg_bench.privacy.population import Clients
-from secagg_client.evaluation import ScoresFn
+from secagg_recommender.evaluation import ScoresFn
 
 __all__ = [
     "NEGATIVES",

@@ -17,9 +17,9 @@ from secagg_bench.privacy import cooccurrence, default_training, federated
 from secagg_bench.privacy.mechanism import Channel
 from secagg_bench.privacy.population import Clients
 from secagg_bench.privacy.settings import Tuned
-from secagg_client.data import NO_TEST_ITEM, Split
-from secagg_client.evaluation import ScoresFn
-from secagg_client.model import Silo, TrainConfig, init_shared
+from secagg_recommender.evaluation import ScoresFn
+from secagg_recommender.factorisation import Silo, TrainConfig, init_shared
+from secagg_recommender.interactions import NO_TEST_ITEM, Split
 
 __all__ = ["LABELS", "METHODS", "Trial", "popular", "sampled_local_only"]
 

@@ -14,8 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg_client.data import NO_TEST_ITEM, DataError, Split, load_dataset, split_leave_one_out
-from secagg_client.marketplace import generate_marketplace
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.interactions import NO_TEST_ITEM, DataError, Split, split_leave_one_out
+from secagg_recommender.marketplace import generate_marketplace
 
 __all__ = ["DATASETS", "Clients", "bootstrap", "load_split", "validation_split"]
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg_client.evaluation import CUTOFF, Evaluator, ScoresFn
+from secagg_recommender.evaluation import CUTOFF, Evaluator, ScoresFn
 
 __all__ = ["METRICS", "Interval", "UserEvaluator", "interval"]
 

@@ -25,8 +25,8 @@ from secagg_bench.privacy.methods import METHODS, Trial, popular, sampled_local_
 from secagg_bench.privacy.population import Clients, bootstrap, load_split
 from secagg_bench.privacy.ranking import METRICS, UserEvaluator, interval
 from secagg_bench.privacy.settings import Population, Sizes, delta_of, tuned
-from secagg_client.data import Split
-from secagg_client.evaluation import ScoresFn
+from secagg_recommender.evaluation import ScoresFn
+from secagg_recommender.interactions import Split
 
 __all__ = ["SECTIONS", "Say", "measure", "validate"]
 

@@ -40,8 +40,7 @@ from secagg.accounting import example_level, example_level_noise
 from secagg.errors import ConfigurationError
 from secagg.private_files import locked, make_folder, write
 from secagg.sampling import Stream
-from secagg_client.data import DataError, Split
-from secagg_client.model import (
+from secagg_recommender.factorisation import (
     DAMAGED,
     ITEM_BIAS,
     ITEM_FACTORS,
@@ -52,9 +51,10 @@ from secagg_client.model import (
     fit_user,
     one_thread,
 )
+from secagg_recommender.interactions import DataError, Split
 
 if TYPE_CHECKING:
-    from secagg_client.example_gradients import Examples
+    from secagg_recommender.example_gradients import Examples
 
 __all__ = ["ExamplePrivacy", "PrivateSilo"]
 
@@ -172,7 +172,7 @@ class _Outcome:
 
 
 class PrivateSilo(Silo):
-    """A :class:`~secagg_client.model.Silo` that learns by noisy steps and counts them.
+    """A :class:`~secagg_recommender.factorisation.Silo` that learns by noisy steps and counts them.
 
     *Guarantees*: all that :meth:`train` ever returned, and the user vectors, are
     (epsilon, delta)-differentially private with regard to one interaction, as long as the ledger
@@ -317,7 +317,7 @@ class PrivateSilo(Silo):
             )
 
     def _trained(self, old: SharedTensors, question: bytes) -> _Outcome:
-        from secagg_client.example_gradients import GridOptimizer, Recommender
+        from secagg_recommender.example_gradients import GridOptimizer, Recommender
 
         privacy, stream = self._privacy, self._randomness()
         with one_thread():
@@ -349,7 +349,7 @@ class PrivateSilo(Silo):
 
     def _batch(self, stream: Stream) -> Examples:
         """A Poisson sample of the interactions, each with negatives of its own."""
-        from secagg_client.example_gradients import Examples
+        from secagg_recommender.example_gradients import Examples
 
         included = _coins(stream, self.samples, self._privacy.sampling_rate)
         users, positives = self._positives.numpy()[included].T

@@ -22,13 +22,14 @@ from torch import nn
 from secagg.accounting import example_level
 from secagg.errors import ConfigurationError
 from secagg.sampling import Stream
-from secagg_client import example_privacy
-from secagg_client.data import DataError, Split, partition_users, split_leave_one_out
-from secagg_client.evaluation import evaluate, factor_scores
-from secagg_client.example_gradients import BOUND, Examples, GridOptimizer, Recommender
-from secagg_client.example_privacy import ExamplePrivacy, PrivateSilo
-from secagg_client.marketplace import generate_marketplace
-from secagg_client.model import ITEM_BIAS, ITEM_FACTORS, Silo, TrainConfig, init_shared
+from secagg_recommender import example_privacy
+from secagg_recommender.evaluation import evaluate, factor_scores
+from secagg_recommender.example_gradients import BOUND, Examples, GridOptimizer, Recommender
+from secagg_recommender.example_privacy import ExamplePrivacy, PrivateSilo
+from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, Silo, TrainConfig, init_shared
+from secagg_recommender.interactions import DataError, Split, split_leave_one_out
+from secagg_recommender.marketplace import generate_marketplace
+from secagg_recommender.partition import partition_users
 
 Arrays = tuple[npt.NDArray[np.float32], ...]
 
@@ -680,7 +681,7 @@ def test_a_missing_opacus_is_named_with_the_extra_that_brings_it(
 
 @pytest.mark.slow
 def test_opacus_is_loaded_by_those_who_use_it_alone() -> None:
-    code = "import sys, secagg_client.example_privacy; sys.exit('opacus' in sys.modules)"
+    code = "import sys, secagg_recommender.example_privacy; sys.exit('opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from secagg_client.data import DataError
+from secagg_recommender.interactions import DataError
 
 __all__ = ["Recommendation", "recommend"]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secagg_client.data import DataError
-from secagg_client.recommend import Recommendation, recommend
+from secagg_recommender.interactions import DataError
+from secagg_recommender.recommend import Recommendation, recommend
 
 TITLES = ("Lamp", "Lens", "Mouse", "Radio")
 
@@ -100,7 +100,7 @@ def test_non_finite_scores_are_refused(bad: float) -> None:
 
 def test_recommending_and_evaluating_need_no_torch() -> None:
     code = (
-        "import sys, secagg_client.recommend, secagg_client.evaluation\n"
+        "import sys, secagg_recommender.recommend, secagg_recommender.evaluation\n"
         "sys.exit('torch' in sys.modules)"
     )
     paths = [path for path in sys.path if path]

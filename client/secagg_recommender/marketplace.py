@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from secagg_client.data import DataError, Interactions, from_events
+from secagg_recommender.interactions import DataError, Interactions, from_events
 
 __all__ = ["generate_marketplace"]
 

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from secagg_client.data import NO_TEST_ITEM, DataError, Split
+from secagg_recommender.interactions import NO_TEST_ITEM, DataError, Split
 
 __all__ = ["CUTOFF", "Evaluator", "Metrics", "ScoresFn", "evaluate", "factor_scores"]
 

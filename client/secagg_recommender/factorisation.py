@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from secagg_client.data import DataError, Split
+from secagg_recommender.interactions import DataError, Split
 
 __all__ = [
     "ITEM_BIAS",

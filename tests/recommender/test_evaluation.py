@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secagg_client import evaluation
-from secagg_client.data import (
+from secagg_recommender import evaluation
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.evaluation import Evaluator, Metrics, ScoresFn, evaluate, factor_scores
+from secagg_recommender.interactions import (
     NO_TEST_ITEM,
     DataError,
     Split,
     from_events,
-    load_dataset,
     split_leave_one_out,
 )
-from secagg_client.evaluation import Evaluator, Metrics, ScoresFn, evaluate, factor_scores
 
 REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
 HAS_MOVIELENS = bool(REAL_DATA) and Path(REAL_DATA, "ml-100k", "ratings.csv").is_file()

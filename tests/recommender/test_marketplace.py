@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secagg_client.data import DataError, split_leave_one_out
-from secagg_client.evaluation import evaluate
-from secagg_client.marketplace import generate_marketplace
+from secagg_recommender.evaluation import evaluate
+from secagg_recommender.interactions import DataError, split_leave_one_out
+from secagg_recommender.marketplace import generate_marketplace
 
 
 def test_default_size_is_about_600_shoppers_and_300_products() -> None:

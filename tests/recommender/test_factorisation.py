@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secagg_client import model
-from secagg_client.data import DataError, Split, from_events, split_leave_one_out
-from secagg_client.marketplace import generate_marketplace
-from secagg_client.model import LocalUpdate, Silo, TrainConfig, fit_user, init_shared
+from secagg_recommender import factorisation
+from secagg_recommender.factorisation import LocalUpdate, Silo, TrainConfig, fit_user, init_shared
+from secagg_recommender.interactions import DataError, Split, from_events, split_leave_one_out
+from secagg_recommender.marketplace import generate_marketplace
 
 CONFIG = TrainConfig(dimensions=4, batch_size=64, seed=11)
 
@@ -130,7 +130,7 @@ def collected_negatives(split: Split, user: int, draws: int) -> npt.NDArray[np.i
     positives = torch.from_numpy(
         np.stack([split.train_users, split.train_items], axis=1).astype(np.int64)
     )
-    sampler = model._NegativeSampler(positives, split.n_users, split.n_items)
+    sampler = factorisation._NegativeSampler(positives, split.n_users, split.n_items)
     users = torch.full((draws,), user, dtype=torch.long)
     drawn = sampler.draw(users, 4, torch.Generator().manual_seed(user))
     return np.asarray(drawn.numpy().ravel())
@@ -215,10 +215,15 @@ def test_rounds_silos_and_seeds_draw_differently(what: str) -> None:
 
 def test_neighbouring_seeds_do_not_collide() -> None:
     seeds = {
-        model._derived_seed("round", s, i, r) for s in range(9) for i in range(9) for r in range(9)
+        factorisation._derived_seed("round", s, i, r)
+        for s in range(9)
+        for i in range(9)
+        for r in range(9)
     }
     assert len(seeds) == 9**3
-    assert model._derived_seed("round", 1, 23) != model._derived_seed("round", 12, 3)
+    assert factorisation._derived_seed("round", 1, 23) != factorisation._derived_seed(
+        "round", 12, 3
+    )
 
 
 def test_thread_setting_changes_nothing_and_comes_back() -> None:
@@ -235,9 +240,9 @@ def test_thread_setting_changes_nothing_and_comes_back() -> None:
 def test_fresh_process_reproduces_two_rounds() -> None:
     code = """
 import hashlib, numpy as np
-from secagg_client.data import split_leave_one_out
-from secagg_client.marketplace import generate_marketplace
-from secagg_client.model import Silo, TrainConfig, init_shared
+from secagg_recommender.interactions import split_leave_one_out
+from secagg_recommender.marketplace import generate_marketplace
+from secagg_recommender.factorisation import Silo, TrainConfig, init_shared
 split = split_leave_one_out(generate_marketplace(3, n_shoppers=30, n_products=90))
 config = TrainConfig(dimensions=4, batch_size=64, seed=11)
 silo, shared = Silo(0, split, np.arange(0, 30, 2), config), init_shared(split.n_items, 4, 11)

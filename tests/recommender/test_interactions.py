@@ -12,18 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secagg_client import data
-from secagg_client.data import (
+from secagg_recommender import movielens
+from secagg_recommender.datasets import load_dataset
+from secagg_recommender.interactions import (
     NO_TEST_ITEM,
     DataError,
     Interactions,
-    fetch_movielens,
     from_events,
-    load_dataset,
-    load_movielens,
-    partition_users,
     split_leave_one_out,
 )
+from secagg_recommender.movielens import fetch_movielens, load_movielens
+from secagg_recommender.partition import partition_users
 
 REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
 HAS_MOVIELENS = bool(REAL_DATA) and Path(REAL_DATA, "ml-100k", "ratings.csv").is_file()
@@ -343,7 +342,7 @@ def test_movielens_without_folder_says_how_to_get_it() -> None:
 
 def pin(monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes]) -> None:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
-    monkeypatch.setattr(data, "_WHEEL_FILES", digests)
+    monkeypatch.setattr(movielens, "_WHEEL_FILES", digests)
 
 
 def test_fetch_unpacks_pinned_files_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
