@@ -2,9 +2,9 @@
 
 User vectors and copies of the touched rows of the table take two steps of Adam a round, as
 `secagg_recommender.factorisation.Silo` would with the same configuration; what came of the rows is
-clipped, summed, noised and averaged (McMahan et al. 2018, "Learning Differentially Private Recurrent
-Language Models"). Two things differ from a silo, for speed: a round's negatives serve both epochs,
-and repeats among them are dropped. Read `cooccurrence` next.
+clipped, summed, noised and averaged (McMahan et al. 2018, "Learning Differentially Private
+Recurrent Language Models"). Two things differ from a silo, for speed: a round's negatives serve
+both epochs, and repeats among them are dropped. Read `cooccurrence` next.
 """
 
 from __future__ import annotations
