@@ -27,12 +27,15 @@ __all__ = [
     "NOISE_TAIL",
     "RESIDUE_BYTES",
     "RING_DEGREE",
+    "Compression",
     "FloatSegment",
     "IntegerSegment",
     "Layout",
+    "LowRank",
     "NormCheck",
     "Plan",
     "Privacy",
+    "RandomSubset",
     "RowThreshold",
     "Segment",
     "TensorSpec",
@@ -156,6 +159,59 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Send every table of d columns as one of ``rank`` columns: its product with a public random
+    matrix, drawn anew in each round (CoLR: Nguyen et al. 2024, "Towards Efficient Communication and
+    Secure Federated Recommendation System via Low-rank Training").
+
+    Tensors of one side, and those of no more columns than the rank, are sent as they are. The last
+    side counts the columns.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _check_integers(rank=self.rank)
+        if self.rank < 1:
+            raise PlanError(f"expected a rank of 1 or more; got rank={self.rank}")
+
+    def sent(self, tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What travels in place of these tensors."""
+        return tuple(
+            TensorSpec(each.name, (*each.shape[:-1], min(each.shape[-1], self.rank)))
+            if len(each.shape) > 1
+            else each
+            for each in tensors
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSubset:
+    """Send a public random part of the coordinates, drawn anew in each round: sparsification that
+    needs no indices (Konečný et al. 2016, "Federated Learning: Strategies for Improving
+    Communication Efficiency", random masks).
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction < 1.0:
+            raise PlanError(
+                f"expected a fraction between 0 and 1; got fraction={self.fraction}; leave "
+                "compression out to send every coordinate"
+            )
+
+    def sent(self, tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What travels in place of these tensors: one vector."""
+        size = sum(tensor.size for tensor in tensors)
+        return (TensorSpec("subset", (math.ceil(self.fraction * size),)),)
+
+
+Compression = LowRank | RandomSubset
+"""How an update travels in fewer floats: by a public linear map, so that sums stay sums."""
+
+
 @dataclass(frozen=True)
 class FloatSegment:
     """A model update: named float32 tensors, clipped, weighted, rotated and rounded together.
@@ -178,6 +234,7 @@ class FloatSegment:
         clip_bit: send along, in the update's own coordinates, whether it was within the clip norm,
             which the aggregate tells the share of (Andrew et al. 2021, "Differentially Private
             Learning with Adaptive Clipping").
+        compression: how the update travels in fewer floats, before it is clipped; None for all.
     """
 
     name: str
@@ -188,6 +245,7 @@ class FloatSegment:
     weight_cap: int = 1
     rows: int = 0
     clip_bit: bool = False
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         _check_name("segment", self.name)
@@ -225,11 +283,26 @@ class FloatSegment:
                 f"got shapes {[list(tensor.shape) for tensor in self.tensors][:5]}; leave rows "
                 "out, or sum the others in a segment of their own"
             )
+        if self.rows and isinstance(self.compression, RandomSubset):
+            raise PlanError(
+                f"segment {self.name!r}: expected rows that stay whole; a random subset of "
+                "coordinates tears them; compress by a low rank, or leave one of the two out"
+            )
 
     @property
     def parameters(self) -> int:
         """Number of model parameters."""
         return sum(tensor.size for tensor in self.tensors)
+
+    @cached_property
+    def sent(self) -> tuple[TensorSpec, ...]:
+        """What travels: the tensors, or what they are compressed to."""
+        return self.tensors if self.compression is None else self.compression.sent(self.tensors)
+
+    @cached_property
+    def carried(self) -> int:
+        """Number of floats that travel."""
+        return sum(tensor.size for tensor in self.sent)
 
     @property
     def weighted(self) -> bool:
@@ -248,8 +321,8 @@ class FloatSegment:
     def rotation_length(self) -> int:
         """L: length of the longest rotation block, a power of two of at most 4096."""
         if self.rows:
-            return 1 << ((self.parameters // self.rows).bit_length() - 1)
-        wanted = self.parameters + bool(self.companion)
+            return 1 << ((self.carried // self.rows).bit_length() - 1)
+        wanted = self.carried + bool(self.companion)
         return min(_ROTATION_LIMIT, 1 << (wanted - 1).bit_length())
 
     @cached_property
@@ -260,12 +333,12 @@ class FloatSegment:
         one. By rows, the powers of two that make up a row's width, and the companion by itself.
         """
         if self.rows:
-            width = self.parameters // self.rows
+            width = self.carried // self.rows
             powers = [1 << bit for bit in reversed(range(width.bit_length())) if width >> bit & 1]
             runs = [(self.rows, power) for power in powers]
             return (*runs, (1, 1)) if self.companion else tuple(runs)
         payload = self.rotation_length - bool(self.companion)
-        return ((-(-self.parameters // payload), self.rotation_length),)
+        return ((-(-self.carried // payload), self.rotation_length),)
 
     @property
     def values(self) -> int:
@@ -667,7 +740,7 @@ def _canonical_segment(segment: Segment) -> dict[str, object]:
             "max_abs": str(segment.max_abs),
             "max_norm": float(segment.norm_bound).hex(),
         }
-    return {
+    floats = {
         "name": segment.name,
         "tensors": [[tensor.name, list(tensor.shape)] for tensor in segment.tensors],
         # Hexadecimal: exact, and the same on every platform.
@@ -678,3 +751,13 @@ def _canonical_segment(segment: Segment) -> dict[str, object]:
         "rows": segment.rows,
         "clip_bit": segment.clip_bit,
     }
+    # Named only where there is one: plans from before there was any keep their digest.
+    return floats | _canonical_compression(segment.compression)
+
+
+def _canonical_compression(compression: Compression | None) -> dict[str, object]:
+    if compression is None:
+        return {}
+    if isinstance(compression, LowRank):
+        return {"low_rank": compression.rank}
+    return {"random_subset": float(compression.fraction).hex()}

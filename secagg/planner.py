@@ -43,9 +43,11 @@ from secagg.parameters import (
     NOISE_TAIL,
     RING_DEGREE,
     SECURITY_BITS,
+    Compression,
     FloatSegment,
     IntegerSegment,
     Layout,
+    LowRank,
     NormCheck,
     Plan,
     Privacy,
@@ -231,6 +233,12 @@ def _check_segments(segments: Sequence[Segment]) -> None:
         raise PlanError(
             f"expected at most {MAX_VALUES} values in one upload; got {values=}; split the "
             "vector into several tasks"
+        )
+    parameters = sum(_inputs(segment) for segment in segments)
+    if parameters > MAX_VALUES:
+        raise PlanError(
+            f"expected at most {MAX_VALUES} parameters, however few of them travel; got "
+            f"{parameters}; split the model into several tasks"
         )
 
 
@@ -602,6 +610,8 @@ def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
             )
         )
     if isinstance(segment, FloatSegment):
+        if segment.compression is not None:
+            rows.insert(0, _explain_compression(segment, segment.compression))
         rows.insert(
             0,
             Fact(
@@ -611,6 +621,18 @@ def _explain_segment(segment: Segment, layout: Layout) -> list[Fact]:
             ),
         )
     return rows
+
+
+def _explain_compression(segment: FloatSegment, compression: Compression) -> Fact:
+    if isinstance(compression, LowRank):
+        how = f"tables of {compression.rank} columns, by a public random matrix a round"
+    else:
+        how = "other coordinates in each round, which ones is public"
+    return Fact(
+        f"{segment.name}: compression",
+        f"{segment.carried} of {segment.parameters} floats",
+        how,
+    )
 
 
 def _used_bits(layout: Layout) -> float:

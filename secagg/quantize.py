@@ -1,4 +1,4 @@
-"""Updates to integers and back: clip, weigh, permute, rotate, round, and the inverse.
+"""Updates to integers and back: compress, clip, weigh, permute, rotate, round, and the inverse.
 
 A float update becomes integers in public, deterministic steps and one random one (stochastic
 rounding). The rotation (Suresh et al. 2017, "Distributed Mean Estimation with Limited
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from secagg.compression import compress, expand
 from secagg.discrete_gaussian import discrete_gaussian
 from secagg.errors import InputError, NonFiniteError, SchemaError
 from secagg.parameters import FloatSegment, IntegerSegment, Plan, Segment
@@ -193,7 +194,7 @@ def _numbers(name: str, value: ArrayLike) -> NDArray[Any]:
 def quantize_update(
     segment: FloatSegment, update: Update, *, samples: int, rotation: bytes, randomness: Stream
 ) -> Quantized:
-    """Clip, weigh, permute, rotate and round one client's update.
+    """Compress, clip, weigh, permute, rotate and round one client's update.
 
     Args:
         segment: the plan's description of it.
@@ -206,7 +207,7 @@ def quantize_update(
         InputError: samples below 1.
         SchemaError, NonFiniteError: see :func:`flatten`.
     """
-    vector = flatten(segment, update)
+    vector = compress(segment, flatten(segment, update), rotation)
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     clipped = norm > segment.clip
     weight = _weight(segment, samples)
@@ -226,9 +227,9 @@ def rotated(
         vector: float32 of shape (segment.parameters,), in canonical order.
 
     Returns:
-        float32 of shape (segment.values,), of the same norm.
+        float32 of shape (segment.values,), of the same norm unless it is compressed.
     """
-    steps = _spread(segment, vector, 1.0)
+    steps = _spread(segment, compress(segment, vector, rotation), 1.0)
     _mix(steps, rotation, segment)
     return steps
 
@@ -285,14 +286,14 @@ def _accompany(segment: FloatSegment, steps: NDArray[np.float32], value: float) 
 
 @lru_cache(maxsize=8)
 def value_places(segment: FloatSegment) -> NDArray[np.intp]:
-    """Where each parameter lies among the segment's values, before they are rotated.
+    """Where each float that travels lies among the segment's values, before they are rotated.
 
     Rows that stay apart have their places side by side, by power of two. Otherwise it is a
     golden-ratio stride, which parts neighbours and every short period: rows of an item table, or
     one column of it, spread evenly over the rotation blocks.
 
     Returns:
-        intp of shape (segment.parameters,), in canonical order.
+        intp of shape (segment.carried,), in canonical order.
     """
     if segment.rows:
         return _places_by_rows(segment)
@@ -302,7 +303,7 @@ def value_places(segment: FloatSegment) -> NDArray[np.intp]:
     stride = max(1, round(slots * _GOLDEN))
     while math.gcd(stride, slots) != 1:
         stride += 1
-    order = np.arange(segment.parameters, dtype=np.intp) * stride % slots
+    order = np.arange(segment.carried, dtype=np.intp) * stride % slots
     return order + order // payload * companion
 
 
@@ -319,7 +320,7 @@ def row_places(segment: FloatSegment) -> NDArray[np.intp]:
 
 
 def _places_by_rows(segment: FloatSegment) -> NDArray[np.intp]:
-    widths = [tensor.size // segment.rows for tensor in segment.tensors]
+    widths = [tensor.size // segment.rows for tensor in segment.sent]
     columns = np.split(row_places(segment), np.cumsum(widths)[:-1], axis=1)
     return np.concatenate([part.reshape(-1) for part in columns])
 
@@ -460,8 +461,8 @@ def dequantize_update(
         rotation: the round's public string.
 
     Returns:
-        The sum of w_i u_i as float64 tensors by name, in model units, and the sum of what travels
-        along: the weights w_i, or the clip bits, plus or minus one each; nan if nothing does.
+        The sum of w_i u_i as float64 tensors by name, in model units, projected where they are
+        compressed, and the sum of what travels along: the weights w_i, or the clip bits, plus or minus one each; nan if nothing does.
     """
     steps = total.astype(np.float64)
     steps *= segment.step
@@ -472,4 +473,5 @@ def dequantize_update(
     companion = math.nan
     if segment.companion:
         companion = float(steps[_companions(segment)].mean()) / _companion_coordinate(segment)
-    return unflatten(segment, steps[value_places(segment)]), companion
+    whole = expand(segment, steps[value_places(segment)], rotation)
+    return unflatten(segment, whole), companion

@@ -238,17 +238,29 @@ class PrivateSilo(Silo):
         return self._spent.epsilon(self._privacy.delta)
 
     def train(
-        self, shared: Mapping[str, npt.NDArray[np.float32]], round_number: int
+        self,
+        shared: Mapping[str, npt.NDArray[np.float32]],
+        round_number: int,
+        *,
+        steps: int | None = None,
     ) -> LocalUpdate:
         """Train one round from ``shared``, or give again what this round's training gave.
 
         The update's ``samples`` is the nominal number, its ``loss`` NaN.
 
+        Args:
+            steps: None; how many there are is what the privacy of a round was worked out for.
+
         Raises:
-            ConfigurationError: the budget does not allow another round, or the ledger cannot be
-                written; the data was not looked at.
+            ConfigurationError: the budget does not allow another round, the ledger cannot be
+                written, or ``steps`` is given; the data was not looked at.
             DataError: tensors do not fit the catalogue, or training diverged.
         """
+        if steps is not None:
+            raise ConfigurationError(
+                f"expected no budget of steps beside example_epsilon; got steps={steps}; "
+                "lower example_steps instead, equally for all silos"
+            )
         old = self._checked(shared)
         question = _question(old, round_number)
         if self._outcome is None or self._outcome.question != question:

@@ -13,7 +13,7 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -32,6 +32,7 @@ __all__ = [
     "SharedTensors",
     "Silo",
     "TrainConfig",
+    "derived_seed",
     "fit_user",
     "init_shared",
 ]
@@ -68,6 +69,9 @@ class TrainConfig:
 
     ``batch_size`` counts positives; each brings ``negatives`` sampled ones along. ``l2`` is the
     weight of ½(‖p_u‖² + ‖q_i‖² + b_i²), averaged over the samples of a batch like the loss.
+    ``proximal`` is FedProx's μ, the weight of ½‖w − w_t‖² over the shared tensors w, whose values
+    at the start of the round are w_t (Li et al. 2020, "Federated Optimization in Heterogeneous
+    Networks", equation 2); 0 is FedAvg.
 
     Raises:
         DataError: a value is out of range.
@@ -80,6 +84,7 @@ class TrainConfig:
     l2: float = 0.01
     negatives: int = 4
     seed: int = 0
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
@@ -88,10 +93,12 @@ class TrainConfig:
             if value < 1:
                 raise DataError(f"expected {name} >= 1, got {name}={value}; raise it")
         # Adam moves a parameter by about the learning rate a step, so above 1 nothing can settle.
-        if not (0 < self.learning_rate <= 1 and 0 <= self.l2 < math.inf):
+        penalties = (self.l2, self.proximal)
+        if not (0 < self.learning_rate <= 1 and all(0 <= mu < math.inf for mu in penalties)):
             raise DataError(
-                "expected 0 < learning_rate <= 1 and a finite l2 >= 0, got "
-                f"learning_rate={self.learning_rate} l2={self.l2}; correct them"
+                "expected 0 < learning_rate <= 1 and finite l2 and proximal >= 0, got "
+                f"learning_rate={self.learning_rate} l2={self.l2} proximal={self.proximal}; "
+                "correct them"
             )
 
 
@@ -119,7 +126,7 @@ def init_shared(n_items: int, d: int, seed: int) -> SharedTensors:
     """
     if n_items < 1 or d < 1:
         raise DataError(f"expected n_items >= 1 and d >= 1, got n_items={n_items} d={d}; raise it")
-    rng = np.random.default_rng(_derived_seed("shared", seed))
+    rng = np.random.default_rng(derived_seed("shared", seed))
     return {
         ITEM_FACTORS: rng.normal(0.0, _INIT_STD, (n_items, d)).astype(np.float32),
         ITEM_BIAS: np.zeros(n_items, dtype=np.float32),
@@ -181,8 +188,17 @@ class Silo:
         """Number of training interactions."""
         return int(self._positives.shape[0])
 
+    @property
+    def full_steps(self) -> int:
+        """Steps of a round that nothing cuts short: batches, times local epochs."""
+        return self._config.local_epochs * math.ceil(self.samples / self._config.batch_size)
+
     def train(
-        self, shared: Mapping[str, npt.NDArray[np.float32]], round_number: int
+        self,
+        shared: Mapping[str, npt.NDArray[np.float32]],
+        round_number: int,
+        *,
+        steps: int | None = None,
     ) -> LocalUpdate:
         """Train one round from ``shared`` and move the private vectors along.
 
@@ -190,18 +206,26 @@ class Silo:
         **all items minus the user's own training items**. The test item stays a possible negative:
         leaving it out would tell the model which item it is. Adam starts fresh every round.
 
+        Args:
+            steps: stop after so many batches, drawn uniformly; None or beyond :attr:`full_steps`
+                for all. See ``devices`` for what the update must weigh then.
+
         Raises:
-            DataError: tensors do not fit the catalogue, or training diverged; nothing changed.
+            DataError: tensors do not fit the catalogue, training diverged, or ``steps`` is below
+                1; nothing changed.
         """
         old = self._checked(shared)
+        steps = self.full_steps if steps is None else min(steps, self.full_steps)
+        if steps < 1:
+            raise DataError(f"expected steps >= 1, got steps={steps}; leave the round out instead")
         generator = torch.Generator().manual_seed(
-            _derived_seed("round", self._config.seed, self.index, round_number)
+            derived_seed("round", self._config.seed, self.index, round_number)
         )
         with one_thread():
             factors = torch.tensor(old[ITEM_FACTORS], requires_grad=True)
             bias = torch.tensor(old[ITEM_BIAS], requires_grad=True)
             vectors = torch.tensor(self._vectors, requires_grad=True)
-            loss = self._run_epochs(vectors, factors, bias, generator)
+            loss = self._run_epochs(vectors, factors, bias, generator, steps)
         update: SharedTensors = {
             ITEM_FACTORS: factors.detach().numpy() - old[ITEM_FACTORS],
             ITEM_BIAS: bias.detach().numpy() - old[ITEM_BIAS],
@@ -260,7 +284,7 @@ class Silo:
 
     def _initial_vectors(self) -> npt.NDArray[np.float32]:
         """User vectors before the first round."""
-        rng = np.random.default_rng(_derived_seed("users", self._config.seed, self.index))
+        rng = np.random.default_rng(derived_seed("users", self._config.seed, self.index))
         shape = (self._users.size, self._config.dimensions)
         return rng.normal(0.0, _INIT_STD, shape).astype(np.float32)
 
@@ -274,28 +298,45 @@ class Silo:
         factors: torch.Tensor,
         bias: torch.Tensor,
         generator: torch.Generator,
+        steps: int,
     ) -> float:
         """Optimise the three tensors in place; mean cross-entropy of the last epoch."""
-        config = self._config
-        optimiser = torch.optim.Adam([vectors, factors, bias], lr=config.learning_rate)
-        loss_sum = 0.0
-        for _ in range(config.local_epochs):
-            loss_sum = 0.0
-            users, items = self._epoch_samples(generator)
-            for start in range(0, self.samples, config.batch_size):
-                stop = start + config.batch_size
-                entropy, penalty = _losses(
-                    vectors, factors, bias, users[start:stop], items[start:stop]
-                )
+        config, shared = self._config, (factors, bias)
+        start = [tensor.detach().clone() for tensor in shared]
+        optimiser = torch.optim.Adam([vectors, *shared], lr=config.learning_rate)
+        loss_sum, seen = 0.0, 0
+        while steps > 0:
+            loss_sum, seen = 0.0, 0
+            # The first batches of a shuffled epoch are a uniform draw from all it could have.
+            for batch in self._epoch_batches(generator, steps):
+                entropy, penalty = _losses(vectors, factors, bias, *batch)
+                objective = entropy + config.l2 * penalty
+                if config.proximal:
+                    objective += 0.5 * config.proximal * _squared_distance(shared, start)
                 optimiser.zero_grad()
-                (entropy + config.l2 * penalty).backward()  # type: ignore[no-untyped-call]
+                objective.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-                loss_sum += entropy.item() * users[start:stop].shape[0]
-        return loss_sum / self.samples
+                loss_sum += entropy.item() * batch[0].shape[0]
+                seen += batch[0].shape[0]
+                steps -= 1
+        return loss_sum / seen
 
-    def _epoch_samples(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shuffled users ``(samples,)`` and items ``(samples, 1 + negatives)``, positive first."""
-        order = torch.randperm(self.samples, generator=generator)
+    def _epoch_batches(
+        self, generator: torch.Generator, most: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of a freshly shuffled epoch, ``most`` at the most."""
+        size = self._config.batch_size
+        users, items = self._epoch_samples(generator, most * size)
+        return zip(users.split(size), items.split(size), strict=True)
+
+    def _epoch_samples(
+        self, generator: torch.Generator, most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shuffled users ``(n,)`` and items ``(n, 1 + negatives)``, positive first.
+
+        With ``n`` all samples, or ``most`` of them.
+        """
+        order = torch.randperm(self.samples, generator=generator)[:most]
         users, positives = self._positives[order].unbind(dim=1)
         negatives = self._sampler.draw(users, self._config.negatives, generator)
         return users, torch.cat([positives[:, None], negatives], dim=1)
@@ -393,6 +434,14 @@ def _losses(
     return entropy, 0.5 * (penalty + item_bias.square().mean())
 
 
+def _squared_distance(
+    tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]
+) -> torch.Tensor:
+    """‖w − w_t‖² over all tensors together."""
+    pairs = zip(tensors, others, strict=True)
+    return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
+
+
 def _fit_logistic(
     factors: npt.NDArray[np.float64],
     bias: npt.NDArray[np.float64],
@@ -453,7 +502,7 @@ def _check_tensor(name: str, tensor: npt.NDArray[np.float32], shape: tuple[int, 
         )
 
 
-def _derived_seed(purpose: str, *numbers: int) -> int:
+def derived_seed(purpose: str, *numbers: int) -> int:
     """Seed for one purpose, 63 bits of a hash: neighbouring rounds and silos share no stream."""
     text = ":".join([purpose, *(str(int(number)) for number in numbers)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

@@ -18,11 +18,14 @@ from secagg.context import ContextId, RoundContext
 from secagg.errors import ConfigurationError, MalformedError
 from secagg.parameters import (
     MAX_TENSORS,
+    Compression,
     FloatSegment,
     IntegerSegment,
+    LowRank,
     NormCheck,
     Plan,
     Privacy,
+    RandomSubset,
     RowThreshold,
     Segment,
     TensorSpec,
@@ -212,6 +215,10 @@ def _segment_to_wire(segment: Segment) -> plan_pb2.Segment:
         rows=segment.rows,
         clip_bit=segment.clip_bit,
     )
+    if isinstance(segment.compression, LowRank):
+        floats.low_rank.rank = segment.compression.rank
+    elif segment.compression is not None:
+        floats.random_subset.fraction = segment.compression.fraction
     return plan_pb2.Segment(name=segment.name, floats=floats)
 
 
@@ -259,10 +266,18 @@ def _segment_from_wire(message: plan_pb2.Segment) -> Segment:
         floats.weight_cap,
         floats.rows,
         floats.clip_bit,
+        _compression_from_wire(floats),
     )
     if segment.tensors != tensors:
         raise MalformedError("expected tensors sorted by name; they are not")
     return segment
+
+
+def _compression_from_wire(message: plan_pb2.FloatSegment) -> Compression | None:
+    kind = message.WhichOneof("compression")
+    if kind == "low_rank":
+        return LowRank(message.low_rank.rank)
+    return RandomSubset(message.random_subset.fraction) if kind else None
 
 
 def context_id_to_wire(context: ContextId) -> round_pb2.ContextId:

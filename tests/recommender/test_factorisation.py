@@ -56,6 +56,9 @@ def digest(update: LocalUpdate) -> str:
         {"learning_rate": 1.01},
         {"l2": -0.1},
         {"l2": float("nan")},
+        {"proximal": -0.1},
+        {"proximal": float("nan")},
+        {"proximal": float("inf")},
     ],
 )
 def test_impossible_configuration_is_refused(change: dict[str, Any]) -> None:
@@ -215,15 +218,13 @@ def test_rounds_silos_and_seeds_draw_differently(what: str) -> None:
 
 def test_neighbouring_seeds_do_not_collide() -> None:
     seeds = {
-        factorisation._derived_seed("round", s, i, r)
+        factorisation.derived_seed("round", s, i, r)
         for s in range(9)
         for i in range(9)
         for r in range(9)
     }
     assert len(seeds) == 9**3
-    assert factorisation._derived_seed("round", 1, 23) != factorisation._derived_seed(
-        "round", 12, 3
-    )
+    assert factorisation.derived_seed("round", 1, 23) != factorisation.derived_seed("round", 12, 3)
 
 
 def test_thread_setting_changes_nothing_and_comes_back() -> None:
@@ -517,3 +518,57 @@ def test_an_update_never_shows_itself_in_text() -> None:
     update = LocalUpdate({"item_bias": np.full(3, 0.125, dtype=np.float32)}, 4711, 0.987)
     shown = f"{update} {update!r}"
     assert not any(secret in shown for secret in ("4711", "0.987", "0.125"))
+
+
+# --- FedProx --------------------------------------------------------------------------------------
+
+
+def descended(mu: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> LocalUpdate:
+    """Some steps of plain gradient descent, so that steps are gradients."""
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    silo = make_silo(config=replace(CONFIG, learning_rate=1.0, proximal=mu))
+    return silo.train(fresh_shared(), 1, steps=steps)
+
+
+def test_a_proximal_step_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Li et al. 2020, equation 2: the gradient of mu/2 ||w - w_t||^2 is mu (w - w_t), which is zero
+    # in the first step, and mu times the first step in the second.
+    first = descended(0.0, 1, monkeypatch).update
+    plain = descended(0.0, 2, monkeypatch).update
+    proximal = descended(0.3, 2, monkeypatch).update
+    for name in plain:
+        expected = plain[name] - 0.3 * first[name]
+        assert np.allclose(proximal[name], expected, atol=1e-6)
+        assert not np.allclose(plain[name], expected, atol=1e-6)
+
+
+def test_the_first_proximal_step_is_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, proximal = (descended(mu, 1, monkeypatch) for mu in (0.0, 5.0))
+    assert digest(plain) == digest(proximal)
+
+
+def test_private_vectors_are_not_held_back() -> None:
+    # An infinite mu in all but name: the shared tensors stay, the user vectors still learn.
+    silo = make_silo(config=replace(CONFIG, proximal=1e12, learning_rate=0.02))
+    before = silo.user_vectors
+    silo.train(fresh_shared(), 1)
+    assert np.abs(silo.user_vectors - before).max() > 0.05
+
+
+def test_the_proximal_term_keeps_updates_short() -> None:
+    norms = []
+    for mu in (0.0, 0.01, 1.0):
+        update = make_silo(config=replace(CONFIG, proximal=mu)).train(fresh_shared(), 1).update
+        norms.append(sum(float(np.square(change).sum()) for change in update.values()))
+    assert norms[0] > norms[1] > norms[2]
+
+
+def test_without_a_proximal_weight_there_is_no_proximal_term(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = make_silo().train(fresh_shared(), 1)
+    # Not even one that is zero: adding it could round elsewhere.
+    monkeypatch.setattr(factorisation, "_squared_distance", None)
+    assert digest(make_silo().train(fresh_shared(), 1)) == digest(plain)
+    with pytest.raises(TypeError):
+        make_silo(config=replace(CONFIG, proximal=1.0)).train(fresh_shared(), 1)

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secagg/wire/v1/plan.proto\x12\x0esecagg.wire.v1\"\xe5\x01\n\x04Plan\x12\x13\n\x0bmin_clients\x18\x01 \x01(\r\x12\x13\n\x0bmax_clients\x18\x02 \x01(\r\x12)\n\x08segments\x18\x03 \x03(\x0b\x32\x17.secagg.wire.v1.Segment\x12-\n\nnorm_check\x18\x04 \x01(\x0b\x32\x19.secagg.wire.v1.NormCheck\x12(\n\x07privacy\x18\x05 \x01(\x0b\x32\x17.secagg.wire.v1.Privacy\x12/\n\tthreshold\x18\x06 \x01(\x0b\x32\x1c.secagg.wire.v1.RowThreshold\"\x9d\x01\n\x07Privacy\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.PrivacyMode\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x16\n\x0ehonest_clients\x18\x05 \x01(\r\x12\x15\n\rinteger_share\x18\x06 \x01(\x01\"-\n\x0cRowThreshold\x12\x0e\n\x06\x63ounts\x18\x01 \x01(\t\x12\r\n\x05least\x18\x02 \x01(\r\"h\n\tNormCheck\x12\x0e\n\x06margin\x18\x01 \x01(\x01\x12\x10\n\x08sketches\x18\x02 \x01(\r\x12\x11\n\ttolerated\x18\x03 \x01(\r\x12\x17\n\nmin_cosine\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_min_cosine\"\x83\x01\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x06\x66loats\x18\x02 \x01(\x0b\x32\x1c.secagg.wire.v1.FloatSegmentH\x00\x12\x32\n\x08integers\x18\x03 \x01(\x0b\x32\x1e.secagg.wire.v1.IntegerSegmentH\x00\x42\x06\n\x04kind\"\xb9\x01\n\x0c\x46loatSegment\x12+\n\x07tensors\x18\x01 \x03(\x0b\x32\x1a.secagg.wire.v1.TensorSpec\x12\x0c\n\x04\x63lip\x18\x02 \x01(\x01\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\x12,\n\tweighting\x18\x04 \x01(\x0e\x32\x19.secagg.wire.v1.Weighting\x12\x12\n\nweight_cap\x18\x05 \x01(\x04\x12\x0c\n\x04rows\x18\x06 \x01(\x04\x12\x10\n\x08\x63lip_bit\x18\x07 \x01(\x08\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"A\n\x0eIntegerSegment\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0f\n\x07max_abs\x18\x02 \x01(\x04\x12\x10\n\x08max_norm\x18\x03 \x01(\x01*{\n\x0bPrivacyMode\x12\x1c\n\x18PRIVACY_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIVACY_MODE_RELEASE\x10\x01\x12\x1c\n\x18PRIVACY_MODE_DISTRIBUTED\x10\x02\x12\x16\n\x12PRIVACY_MODE_LOCAL\x10\x03*R\n\tWeighting\x12\x19\n\x15WEIGHTING_UNSPECIFIED\x10\x00\x12\x13\n\x0fWEIGHTING_EQUAL\x10\x01\x12\x15\n\x11WEIGHTING_SAMPLES\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secagg/wire/v1/plan.proto\x12\x0esecagg.wire.v1\"\xe5\x01\n\x04Plan\x12\x13\n\x0bmin_clients\x18\x01 \x01(\r\x12\x13\n\x0bmax_clients\x18\x02 \x01(\r\x12)\n\x08segments\x18\x03 \x03(\x0b\x32\x17.secagg.wire.v1.Segment\x12-\n\nnorm_check\x18\x04 \x01(\x0b\x32\x19.secagg.wire.v1.NormCheck\x12(\n\x07privacy\x18\x05 \x01(\x0b\x32\x17.secagg.wire.v1.Privacy\x12/\n\tthreshold\x18\x06 \x01(\x0b\x32\x1c.secagg.wire.v1.RowThreshold\"\x9d\x01\n\x07Privacy\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.PrivacyMode\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x16\n\x0ehonest_clients\x18\x05 \x01(\r\x12\x15\n\rinteger_share\x18\x06 \x01(\x01\"-\n\x0cRowThreshold\x12\x0e\n\x06\x63ounts\x18\x01 \x01(\t\x12\r\n\x05least\x18\x02 \x01(\r\"h\n\tNormCheck\x12\x0e\n\x06margin\x18\x01 \x01(\x01\x12\x10\n\x08sketches\x18\x02 \x01(\r\x12\x11\n\ttolerated\x18\x03 \x01(\r\x12\x17\n\nmin_cosine\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_min_cosine\"\x83\x01\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x06\x66loats\x18\x02 \x01(\x0b\x32\x1c.secagg.wire.v1.FloatSegmentH\x00\x12\x32\n\x08integers\x18\x03 \x01(\x0b\x32\x1e.secagg.wire.v1.IntegerSegmentH\x00\x42\x06\n\x04kind\"\xac\x02\n\x0c\x46loatSegment\x12+\n\x07tensors\x18\x01 \x03(\x0b\x32\x1a.secagg.wire.v1.TensorSpec\x12\x0c\n\x04\x63lip\x18\x02 \x01(\x01\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\x12,\n\tweighting\x18\x04 \x01(\x0e\x32\x19.secagg.wire.v1.Weighting\x12\x12\n\nweight_cap\x18\x05 \x01(\x04\x12\x0c\n\x04rows\x18\x06 \x01(\x04\x12\x10\n\x08\x63lip_bit\x18\x07 \x01(\x08\x12+\n\x08low_rank\x18\x08 \x01(\x0b\x32\x17.secagg.wire.v1.LowRankH\x00\x12\x35\n\rrandom_subset\x18\t \x01(\x0b\x32\x1c.secagg.wire.v1.RandomSubsetH\x00\x42\r\n\x0b\x63ompression\"\x17\n\x07LowRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\" \n\x0cRandomSubset\x12\x10\n\x08\x66raction\x18\x01 \x01(\x01\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"A\n\x0eIntegerSegment\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0f\n\x07max_abs\x18\x02 \x01(\x04\x12\x10\n\x08max_norm\x18\x03 \x01(\x01*{\n\x0bPrivacyMode\x12\x1c\n\x18PRIVACY_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIVACY_MODE_RELEASE\x10\x01\x12\x1c\n\x18PRIVACY_MODE_DISTRIBUTED\x10\x02\x12\x16\n\x12PRIVACY_MODE_LOCAL\x10\x03*R\n\tWeighting\x12\x19\n\x15WEIGHTING_UNSPECIFIED\x10\x00\x12\x13\n\x0fWEIGHTING_EQUAL\x10\x01\x12\x15\n\x11WEIGHTING_SAMPLES\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secagg.wire.v1.plan_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIVACYMODE']._serialized_start=1022
-  _globals['_PRIVACYMODE']._serialized_end=1145
-  _globals['_WEIGHTING']._serialized_start=1147
-  _globals['_WEIGHTING']._serialized_end=1229
+  _globals['_PRIVACYMODE']._serialized_start=1196
+  _globals['_PRIVACYMODE']._serialized_end=1319
+  _globals['_WEIGHTING']._serialized_start=1321
+  _globals['_WEIGHTING']._serialized_end=1403
   _globals['_PLAN']._serialized_start=46
   _globals['_PLAN']._serialized_end=275
   _globals['_PRIVACY']._serialized_start=278
@@ -46,9 +46,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEGMENT']._serialized_start=591
   _globals['_SEGMENT']._serialized_end=722
   _globals['_FLOATSEGMENT']._serialized_start=725
-  _globals['_FLOATSEGMENT']._serialized_end=910
-  _globals['_TENSORSPEC']._serialized_start=912
-  _globals['_TENSORSPEC']._serialized_end=953
-  _globals['_INTEGERSEGMENT']._serialized_start=955
-  _globals['_INTEGERSEGMENT']._serialized_end=1020
+  _globals['_FLOATSEGMENT']._serialized_end=1025
+  _globals['_LOWRANK']._serialized_start=1027
+  _globals['_LOWRANK']._serialized_end=1050
+  _globals['_RANDOMSUBSET']._serialized_start=1052
+  _globals['_RANDOMSUBSET']._serialized_end=1084
+  _globals['_TENSORSPEC']._serialized_start=1086
+  _globals['_TENSORSPEC']._serialized_end=1127
+  _globals['_INTEGERSEGMENT']._serialized_start=1129
+  _globals['_INTEGERSEGMENT']._serialized_end=1194
 # @@protoc_insertion_point(module_scope)

@@ -90,7 +90,7 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., floats: _Optional[_Union[FloatSegment, _Mapping]] = ..., integers: _Optional[_Union[IntegerSegment, _Mapping]] = ...) -> None: ...
 
 class FloatSegment(_message.Message):
-    __slots__ = ("tensors", "clip", "bits", "weighting", "weight_cap", "rows", "clip_bit")
+    __slots__ = ("tensors", "clip", "bits", "weighting", "weight_cap", "rows", "clip_bit", "low_rank", "random_subset")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,8 @@ class FloatSegment(_message.Message):
     WEIGHT_CAP_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     CLIP_BIT_FIELD_NUMBER: _ClassVar[int]
+    LOW_RANK_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_SUBSET_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     clip: float
     bits: int
@@ -105,7 +107,21 @@ class FloatSegment(_message.Message):
     weight_cap: int
     rows: int
     clip_bit: bool
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., clip: _Optional[float] = ..., bits: _Optional[int] = ..., weighting: _Optional[_Union[Weighting, str]] = ..., weight_cap: _Optional[int] = ..., rows: _Optional[int] = ..., clip_bit: bool = ...) -> None: ...
+    low_rank: LowRank
+    random_subset: RandomSubset
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., clip: _Optional[float] = ..., bits: _Optional[int] = ..., weighting: _Optional[_Union[Weighting, str]] = ..., weight_cap: _Optional[int] = ..., rows: _Optional[int] = ..., clip_bit: bool = ..., low_rank: _Optional[_Union[LowRank, _Mapping]] = ..., random_subset: _Optional[_Union[RandomSubset, _Mapping]] = ...) -> None: ...
+
+class LowRank(_message.Message):
+    __slots__ = ("rank",)
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    def __init__(self, rank: _Optional[int] = ...) -> None: ...
+
+class RandomSubset(_message.Message):
+    __slots__ = ("fraction",)
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    fraction: float
+    def __init__(self, fraction: _Optional[float] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "shape")
