@@ -114,9 +114,7 @@ def left_over(
     }
 
 
-def basis(
-    segment: FloatSegment, tensor: TensorSpec, rotation: bytes
-) -> NDArray[np.float64] | None:
+def basis(segment: FloatSegment, tensor: TensorSpec, rotation: bytes) -> NDArray[np.float64] | None:
     """The round's matrix for a table under `LowRank`; None for a tensor that is sent as it is.
 
     Returns:

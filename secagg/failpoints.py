@@ -25,6 +25,7 @@ NAMES = frozenset(
         "uploads-judged",
         "sum-ready",
         "release-received",
+        "optimiser-stored",
         "model-stored",
         "round-finished",
         # the key holder, likewise

@@ -1,7 +1,7 @@
 """What a server does with the mean update: federated averaging, or an optimiser of its own.
 
-To an optimiser, the clients' mean update is a (pseudo-)gradient that points downhill. It only ever
-sees what was released, so that it costs no privacy and needs no trust. All arithmetic is in float64,
+To an optimiser, the clients' mean update is a (pseudo-)gradient that points downhill. It sees only
+what was released, so that it costs no privacy and needs no trust. All arithmetic is in float64,
 element by element: the same mean gives the same model on every machine.
 
 Sources: McMahan et al. 2017 (average); Hsu, Qi and Brown 2019, "Measuring the Effects of
@@ -11,7 +11,6 @@ Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (FedAdagrad, F
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from secagg.errors import ConfigurationError, MalformedError, ReleaseError
 
-__all__ = ["LEARNING_RATES", "OptimiserState", "Optimiser"]
+__all__ = ["LEARNING_RATES", "Optimiser", "OptimiserState"]
 
 _Vector = NDArray[np.float64]
 
@@ -47,15 +46,15 @@ class Optimiser:
     Attributes:
         name: ``"average"`` (FedAvg), ``"momentum"`` (FedAvgM), ``"adagrad"``, ``"adam"`` or
             ``"yogi"``.
-        learning_rate: step, above 0; 0 stands for the usual one of `LEARNING_RATES`. The papers tune
-            it for every task; an adaptive one moves a parameter by about this much in a round.
+        learning_rate: above 0; the usual one of `LEARNING_RATES` when omitted. The papers tune it
+            for every task; adaptive ones move a parameter by about this much in a round.
         beta1: decay of the momentum, 0 up to but without 1; unused by ``"average"``.
         beta2: decay of the squares, likewise; used by ``"adam"`` and ``"yogi"``.
         tau: how far an adaptive one adapts; above 0. Squares start from its square.
     """
 
     name: str = "average"
-    learning_rate: float = 0.0
+    learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
@@ -65,9 +64,9 @@ class Optimiser:
             raise ConfigurationError(
                 f"expected an optimiser in {list(LEARNING_RATES)}; got name={self.name!r}"
             )
-        if self.learning_rate == 0.0:
+        if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.name])
-        if not 0.0 < self.learning_rate <= 1e6:
+        if not 0.0 < self.rate <= 1e6:
             raise ConfigurationError(
                 "expected a learning_rate above 0, up to 1e6; got "
                 f"learning_rate={self.learning_rate}; {LEARNING_RATES[self.name]} is usual for "
@@ -84,9 +83,26 @@ class Optimiser:
             )
 
     @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return LEARNING_RATES[self.name] if self.learning_rate is None else self.learning_rate
+
+    @property
     def remembers(self) -> tuple[str, ...]:
         """Names of the vectors that it keeps from round to round."""
         return {"average": (), "momentum": ("v",)}.get(self.name, ("m", "v"))
+
+    @property
+    def described(self) -> str:
+        """Its name, and the numbers that it uses."""
+        numbers = {"learning rate": self.rate}
+        if self.name != "average":
+            numbers["beta1"] = self.beta1
+        if self.name in ("adam", "yogi"):
+            numbers["beta2"] = self.beta2
+        if self.name in _SQUARES:
+            numbers["tau"] = self.tau
+        return ", ".join([self.name, *(f"{name} {value:g}" for name, value in numbers.items())])
 
     def initial(self, size: int) -> OptimiserState:
         """What it remembers before the first round: no momentum, and squares of tau."""
@@ -109,7 +125,7 @@ class Optimiser:
         with np.errstate(over="ignore", invalid="ignore"):
             state = self._remembered(mean, state)
             direction = self._direction(mean, state)
-            moved = model + (self.learning_rate * direction).astype(np.float32)
+            moved = model + (self.rate * direction).astype(np.float32)
         if not (np.isfinite(moved).all() and all(np.isfinite(v).all() for v in state.values())):
             raise ReleaseError(
                 f"expected a finite model after a step of {self.name!r}; it is not; lower the "

@@ -461,8 +461,9 @@ def dequantize_update(
         rotation: the round's public string.
 
     Returns:
-        The sum of w_i u_i as float64 tensors by name, in model units, projected where they are
-        compressed, and the sum of what travels along: the weights w_i, or the clip bits, plus or minus one each; nan if nothing does.
+        The sum of w_i u_i as float64 tensors by name, in model units, or its projection where they
+        are compressed; and the sum of what travels along: the weights w_i, or the clip bits, plus
+        or minus one each; nan if nothing does.
     """
     steps = total.astype(np.float64)
     steps *= segment.step

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from secagg.errors import ReleaseError, SchemaError
 from secagg.parameters import FloatSegment, IntegerSegment, Plan
-from secagg.quantize import dequantize_integers, dequantize_update, flatten
+from secagg.quantize import dequantize_integers, dequantize_update
 
 __all__ = ["Release", "sums_sha256"]
 
@@ -72,6 +72,18 @@ class Release:
         divisor = self._checked_weight(segment, weight)
         return {key: value / divisor for key, value in tensors.items()}
 
+    def flat_mean(self) -> NDArray[np.float64]:
+        """The mean update of the plan's one float segment, float64 of shape (parameters,).
+
+        In canonical order.
+
+        Raises:
+            SchemaError, ReleaseError: see :meth:`mean`.
+        """
+        segment, _ = self._segment(FloatSegment, None)
+        mean = self.mean()
+        return np.concatenate([mean[tensor.name].reshape(-1) for tensor in segment.tensors])
+
     def applied_to(self, model: NDArray[np.float32]) -> NDArray[np.float32]:
         """The next model: this one plus the mean update (FedAvg, McMahan et al. 2017).
 
@@ -82,8 +94,7 @@ class Release:
         Raises:
             SchemaError, ReleaseError: see :meth:`mean`.
         """
-        segment, _ = self._segment(FloatSegment, None)
-        return model + flatten(segment, self.mean())
+        return model + self.flat_mean().astype(np.float32)
 
     def weight(self, name: str | None = None) -> float:
         """Sum of the weights, each in (0, 1]; the number of contributors when equal.

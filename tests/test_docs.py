@@ -16,7 +16,7 @@ from secagg_client.config import ClientSettings
 from secagg_keyholder.config import KeyHolderSettings
 from secagg_server import states
 from secagg_server.config import ServerSettings
-from secagg_server.tasks import read_task
+from secagg_server.task_files import read_task
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "docs" / "samples"

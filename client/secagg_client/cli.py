@@ -198,6 +198,27 @@ def prepare_command(
 
 @app.command()
 @exits_cleanly
+@with_settings(ClientSettings, ["dataset", "data_dir"])
+def data(
+    settings: ClientSettings,
+    format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
+) -> None:
+    """Read the data set and say what became of its rows: read, kept, dropped, and why.
+
+    Nothing is sent; files that hold no shoppers get generated ones, and this says so.
+    """
+    from secagg_client.data_commands import as_json, show
+    from secagg_recommender.datasets import read_dataset
+
+    dataset = read_dataset(settings.dataset, settings.data_dir)
+    if format_ is OutputFormat.json:
+        print_json(as_json(dataset))
+    else:
+        show(dataset)
+
+
+@app.command()
+@exits_cleanly
 @with_settings(
     ClientSettings, ["server", "kit", "insecure", "task", "dataset", "data_dir", "state_dir"]
 )

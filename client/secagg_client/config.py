@@ -25,10 +25,18 @@ class ClientSettings(Settings):
     kit: Path | None = Field(None, description="folder that the authority handed out; required")
     insecure: bool = Field(False, description="plaintext instead of a kit; loopback only")
     task: str = Field("recommender", description="task to join")
-    dataset: Literal["ml-100k", "marketplace"] = Field("ml-100k", description="whose interactions")
-    data_dir: Path | None = Field(None, description="folder of the data; ml-100k needs it")
+    dataset: Literal[
+        "ml-100k", "marketplace", "amazon-beauty", "amazon-reviews-2023", "amazon-products-2023"
+    ] = Field("ml-100k", description="whose interactions")
+    data_dir: Path | None = Field(
+        None, description="folder of the data; all but the marketplace need it"
+    )
     silo: int = Field(0, ge=0, description="which silo of users this client is, from 0")
     silos: int = Field(8, ge=1, description="silos that the users are dealt out to")
+    partition: Literal["uniform", "dirichlet", "preference", "taste", "quantity"] = Field(
+        "uniform", description="how the users are dealt out"
+    )
+    partition_alpha: float = Field(0.5, gt=0, description="of dirichlet; small is skewed")
     state_dir: Path = Field(
         Path("secagg-data/client"), description="identity key and private user vectors"
     )
@@ -50,6 +58,13 @@ class ClientSettings(Settings):
         10_000, ge=1, description="what the silo's interactions are taken to number, in public"
     )
     local_epochs: int = Field(2, ge=1, description="passes over the silo's data in a round")
+    proximal: float = Field(0.0, ge=0, description="FedProx's mu, the pull to the round's model")
+    max_train_seconds: float | None = Field(
+        None, gt=0, description="train on fewer batches, for about so long a round"
+    )
+    max_upload_bytes: int | None = Field(
+        None, gt=0, description="miss rounds, so as to upload no more in a task"
+    )
     seed: int = Field(0, ge=0, description="of partition, start and sampling; equal for all silos")
     repeatable_seed: int | None = Field(
         None, ge=0, description="round repeatably; for demos on one machine only"

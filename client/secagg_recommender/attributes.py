@@ -35,7 +35,7 @@ class ItemAttributes:
 
     def __post_init__(self) -> None:
         """Check once, so that nothing downstream has to."""
-        if (self.indptr.dtype, self.indices.dtype) != (np.int64, np.int32):
+        if self.indptr.dtype != np.int64 or self.indices.dtype != np.int32:
             raise DataError(
                 "expected indptr as int64 and indices as int32, got "
                 f"indptr={self.indptr.dtype} indices={self.indices.dtype}; use attributes_of()"

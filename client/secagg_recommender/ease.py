@@ -234,6 +234,19 @@ class Ease:
         own = np.unique(checked_items(history, self.n_items))
         return np.asarray(self.weights[own].sum(axis=0), dtype=np.float32)
 
+    def terms(self, history: npt.NDArray[np.integer], item: int) -> npt.NDArray[np.float64]:
+        """What each item of a history adds to the score of one item; 0 where it comes again.
+
+        Raises:
+            DataError: see :meth:`score`.
+        """
+        items = checked_items(history, self.n_items)
+        (target,) = checked_items([item], self.n_items)
+        added = np.zeros(items.size)
+        _, first = np.unique(items, return_index=True)
+        added[first] = self.weights[items[first], target]
+        return added
+
 
 class EaseLearner:
     """A client's part: the triangle of its own users, in a round that has no model yet."""

@@ -79,19 +79,34 @@ class Evaluator:
         Raises:
             DataError: scores have another shape than ``(users, n_items)`` or are not finite.
         """
-        sampled: list[npt.NDArray[np.int64]] = []
-        full: list[npt.NDArray[np.int64]] = []
-        for chunk in self._chunks:
-            values = self._checked(scores(chunk.users), chunk.users.size)
-            sampled.append(chunk.sampled_ranks(values))
-            full.append(chunk.full_ranks(values))
-        sampled_ranks, full_ranks = np.concatenate(sampled), np.concatenate(full)
+        sampled_ranks, full_ranks = self.ranks(scores)
         return Metrics(
             hr10=_hit_rate(sampled_ranks),
             ndcg10=_ndcg(sampled_ranks),
             full_hr10=_hit_rate(full_ranks),
             full_ndcg10=_ndcg(full_ranks),
         )
+
+    @property
+    def users(self) -> npt.NDArray[np.int64]:
+        """Users with a test item, ascending, ``(m,)``, a copy."""
+        return self._users.copy()
+
+    def ranks(self, scores: ScoresFn) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rank of each test item, from 0, in the order of :attr:`users`.
+
+        Returns:
+            ``(3, m)`` among the negatives of each draw, and ``(m,)`` among all items.
+
+        Raises:
+            DataError: see :meth:`evaluate`.
+        """
+        sampled, full = [], []
+        for chunk in self._chunks:
+            values = self._checked(scores(chunk.users), chunk.users.size)
+            sampled.append(chunk.sampled_ranks(values))
+            full.append(chunk.full_ranks(values))
+        return np.concatenate(sampled, axis=1), np.concatenate(full)
 
     def _checked(self, values: npt.NDArray[np.floating], n_users: int) -> npt.NDArray[np.floating]:
         """Refuse scores that would rank silently wrong."""
@@ -144,12 +159,12 @@ class _Chunk:
     train_items: npt.NDArray[np.int64]
 
     def sampled_ranks(self, scores: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
-        """Rank of each test item in each draw, flattened: ``(m * draws,)``."""
+        """Rank of each test item in each draw: ``(draws, m)``."""
         own = self._own_scores(scores)
         rows = np.arange(self.users.size)[:, None]
         ahead = scores[rows, self.negatives] >= own[:, None]
         ranks = np.count_nonzero(ahead & (self.negatives >= 0), axis=2)
-        return np.asarray(ranks, dtype=np.int64).T.reshape(-1)
+        return np.asarray(ranks, dtype=np.int64)
 
     def full_ranks(self, scores: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
         """Rank of each test item among all items outside training: ``(m,)``."""

@@ -327,7 +327,7 @@ class Silo:
         """Batches of a freshly shuffled epoch, ``most`` at the most."""
         size = self._config.batch_size
         users, items = self._epoch_samples(generator, most * size)
-        return zip(users.split(size), items.split(size), strict=True)
+        return zip(torch.split(users, size), torch.split(items, size), strict=True)
 
     def _epoch_samples(
         self, generator: torch.Generator, most: int

@@ -26,11 +26,19 @@ class HistoryModel(Protocol):
         """Items of the catalogue."""
         ...
 
-    def score(self, history: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+    def score(self, history: npt.NDArray[np.integer]) -> npt.NDArray[np.floating]:
         """Scores ``(n_items,)`` for items in time order, the latest last.
 
         Raises:
             DataError: an empty history, or items outside the catalogue.
+        """
+        ...
+
+    def terms(self, history: npt.NDArray[np.integer], item: int) -> npt.NDArray[np.float64]:
+        """What each item of a history, in its order, adds to the score of one item.
+
+        Raises:
+            DataError: see :meth:`score`.
         """
         ...
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from secagg_recommender.interactions import DataError, Interactions, from_events
 
-__all__ = ["Rows", "Tally", "interactions_of", "is_broken", "read_lines", "show_rows"]
+__all__ = ["Rows", "Tally", "interactions_of", "is_broken", "read_lines"]
 
 LONGEST_LINE: Final = 1 << 24
 """Bytes of the longest line that is taken for text."""
@@ -66,6 +66,21 @@ class Rows:
                 f"dropped={lost} of {self.what}; count every row once"
             )
 
+    def lines(self) -> list[tuple[str, str, int]]:
+        """What became of how many rows, and why: ``("dropped", "duplicate", 3)``."""
+        return [
+            ("read", "", self.read),
+            ("kept", "", self.kept),
+            *(("dropped", reason, count) for reason, count in self.dropped.items()),
+            *(("kept, noted", reason, count) for reason, count in self.noted.items()),
+        ]
+
+    def __str__(self) -> str:
+        """A small table."""
+        width = max(len(reason) for _, reason, _ in self.lines())
+        cells = (f"  {what:<11}  {why:<{width}}  {count:>9}" for what, why, count in self.lines())
+        return "\n".join((self.what, *cells))
+
 
 class Tally:
     """Counts the rows of one file while they are read."""
@@ -105,19 +120,6 @@ class Tally:
                 + "; check that this is the right file, and complete"
             )
         return rows
-
-
-def show_rows(rows: Sequence[Rows]) -> str:
-    """Small tables for people, one a file."""
-    blocks = []
-    for report in rows:
-        lines = [("read", report.read), ("kept", report.kept)]
-        lines += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
-        lines += [(f"noted: {reason}", count) for reason, count in report.noted.items()]
-        width = max(len(name) for name, _ in lines)
-        table = "\n".join(f"  {name:<{width}}  {count:>10}" for name, count in lines)
-        blocks.append(f"{report.what}\n{table}")
-    return "\n".join(blocks)
 
 
 def read_lines(path: Path | str, tally: Tally) -> Iterator[str]:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -236,11 +236,11 @@ def _core(users: _Places, items: _Places, core: int) -> npt.NDArray[np.bool_]:
         kept = enough
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip()) and not is_broken(value)
 
 
-def _is_between(value: object, low: float, high: float) -> bool:
+def _is_between(value: object, low: float, high: float) -> TypeGuard[float]:
     """Whether a JSON value is a number in a range; NaN is in none, and true is no number."""
     return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
@@ -263,7 +263,7 @@ def _price(value: object) -> tuple[str | None, float]:
         value = float(match[2].replace(",", "") + (match[3] or ""))
     if not _is_between(value, 0, _DEAREST):
         return "bad_price", math.nan
-    return note, float(value)  # type: ignore[arg-type]  # a number: just checked
+    return note, float(value)
 
 
 def _attributes(row: dict[str, Any], price: float) -> Iterator[str]:

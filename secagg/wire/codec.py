@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from secagg.context import ContextId, RoundContext
 from secagg.errors import ConfigurationError, MalformedError
+from secagg.optimisers import Optimiser
 from secagg.parameters import (
     MAX_TENSORS,
     Compression,
@@ -36,7 +37,7 @@ from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
 from secagg.transcript import DIGEST_BYTES
 from secagg.upload import Admission
 from secagg.verdicts import Verdict
-from secagg.wire.v1 import plan_pb2, round_pb2
+from secagg.wire.v1 import operator_service_pb2, plan_pb2, round_pb2
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -50,6 +51,8 @@ __all__ = [
     "model_digest",
     "model_from_bytes",
     "model_to_bytes",
+    "optimiser_from_wire",
+    "optimiser_to_wire",
     "parse",
     "piece",
     "piece_count",
@@ -88,6 +91,15 @@ _MODES = {
     "local": plan_pb2.PRIVACY_MODE_LOCAL,
 }
 _MODE_NAMES = {number: name for name, number in _MODES.items()}
+
+_OPTIMISERS = {
+    "average": operator_service_pb2.OPTIMISER_NAME_AVERAGE,
+    "momentum": operator_service_pb2.OPTIMISER_NAME_MOMENTUM,
+    "adagrad": operator_service_pb2.OPTIMISER_NAME_ADAGRAD,
+    "adam": operator_service_pb2.OPTIMISER_NAME_ADAM,
+    "yogi": operator_service_pb2.OPTIMISER_NAME_YOGI,
+}
+_OPTIMISER_NAMES = {number: name for name, number in _OPTIMISERS.items()}
 
 _M = TypeVar("_M", bound=Message)
 
@@ -278,6 +290,35 @@ def _compression_from_wire(message: plan_pb2.FloatSegment) -> Compression | None
     if kind == "low_rank":
         return LowRank(message.low_rank.rank)
     return RandomSubset(message.random_subset.fraction) if kind else None
+
+
+def optimiser_to_wire(optimiser: Optimiser) -> operator_service_pb2.Optimiser:
+    """A server optimiser."""
+    return operator_service_pb2.Optimiser(
+        name=_OPTIMISERS[optimiser.name],
+        learning_rate=optimiser.rate,
+        beta1=optimiser.beta1,
+        beta2=optimiser.beta2,
+        tau=optimiser.tau,
+    )
+
+
+def optimiser_from_wire(message: operator_service_pb2.Optimiser) -> Optimiser:
+    """A server optimiser.
+
+    Raises:
+        MalformedError: one that is not known.
+        ConfigurationError: a number out of its range.
+    """
+    if message.name not in _OPTIMISER_NAMES:
+        raise MalformedError(f"expected a known optimiser; got number {message.name}")
+    return Optimiser(
+        _OPTIMISER_NAMES[message.name],
+        message.learning_rate,
+        message.beta1,
+        message.beta2,
+        message.tau,
+    )
 
 
 def context_id_to_wire(context: ContextId) -> round_pb2.ContextId:

@@ -1,4 +1,4 @@
-"""Files that outlive the process: upload chunks, models and sums.
+"""Files that outlive the process: upload chunks, models, what optimisers remember, and sums.
 
 A blob appears whole or not at all: it is written aside, flushed to the disk, and renamed. Names are
 made here from checked ids and digests, never from bytes that somebody sent.
@@ -66,8 +66,21 @@ class BlobStore:
             return file.read(size)
 
     def drop_model(self, task_id: str, version: int) -> None:
-        """Remove a model version."""
+        """Remove a model version, and what the optimiser remembered with it."""
         (self._root / "models" / task_id / f"{version}.f32").unlink(missing_ok=True)
+        self.drop_optimiser(task_id, version)
+
+    def put_optimiser(self, task_id: str, version: int, data: bytes) -> None:
+        """Store what the optimiser remembers with a model version."""
+        write(self._root / "models" / task_id / f"{version}.f64", data)
+
+    def optimiser(self, task_id: str, version: int) -> bytes:
+        """What the optimiser remembers with a model version."""
+        return (self._root / "models" / task_id / f"{version}.f64").read_bytes()
+
+    def drop_optimiser(self, task_id: str, version: int) -> None:
+        """Remove what the optimiser remembers with a model version."""
+        (self._root / "models" / task_id / f"{version}.f64").unlink(missing_ok=True)
 
     def drop_sums(self, task_id: str, round_number: int) -> None:
         """Remove a round's sums."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict
 
 from secagg import logs
 from secagg.archive import read_npz
@@ -22,9 +22,11 @@ from secagg.parameters import FloatSegment, IntegerSegment
 from secagg.quantize import dequantize_integers, flatten
 from secagg.rpc.lifecycle import check_health
 from secagg.wire.codec import model_to_bytes, sums_from_bytes
+from secagg.wire.v1 import operator_service_pb2
 from secagg_server.app import run as run_server
 from secagg_server.config import OperatorSettings, ServerSettings
-from secagg_server.tasks import TaskSpec, read_task
+from secagg_server.task_files import read_task
+from secagg_server.tasks import TaskSpec
 
 __all__ = ["app"]
 
@@ -158,7 +160,7 @@ def show(settings: OperatorSettings, task_id: str, format_: _FORMAT = OutputForm
     task = answer["task"]
     title = f"{task_id}: {_name(task['state'])} {task['reason']}".strip()
     print_table(columns, rows, title)
-    for line in _guarantees(task):
+    for line in (*_guarantees(task), *_learning(answer)):
         out.print(line, highlight=False, soft_wrap=True)
 
 
@@ -176,6 +178,24 @@ def _guarantees(task: dict[str, Any]) -> Iterator[str]:
             f"clip norm: {task['clip']:.4g}, following the quantile {adaptive['quantile']:g} at "
             f"rate {adaptive['rate']:g}"
         )
+
+
+def _learning(answer: dict[str, Any]) -> Iterator[str]:
+    """How a task's model learns, and how far it has come, in lines for people."""
+    spec = TaskSpec.from_wire(ParseDict(answer["task"]["spec"], operator_service_pb2.TaskSpec()))
+    if spec.model is None:
+        return
+    yield f"optimiser: {spec.optimiser.described}"
+    if spec.model.compression is not None:
+        yield f"compression: {spec.model.carried} of {spec.model.parameters} floats travel"
+    if spec.stop is None:
+        return
+    yield f"stops {spec.stop.described}"
+    told = [row for row in answer["rounds"] if "change" in row or "figure" in row]
+    if told and (last := told[-1]):
+        figure = f"{spec.stop.figure} {last['figure']:.4f}, " if "figure" in last else ""
+        change = f"model changed by {last['change']:.4g}" if "change" in last else ""
+        yield f"round {last['round_number']}: {figure}{change}".rstrip(", ")
 
 
 @task_app.command()

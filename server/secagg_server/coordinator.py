@@ -3,7 +3,8 @@
 Collect until the deadline or until enough have come, let the key holder judge, fix the manifest,
 add exactly the ciphertexts on it, have the sum opened, apply it. A client that drops out, is late
 or is refused changes nothing but the cohort; too small a cohort aborts the attempt with the reason.
-A task with a privacy budget ends early where that has no room for another release.
+A task with a privacy budget ends early where that has no room for another release, and one with stop
+criteria where they are met.
 Memory is that of one chunk of the model, whatever the number of clients.
 
 Whatever state a crash leaves an attempt in, the next start goes on from there: every step gives
@@ -40,6 +41,7 @@ from secagg.errors import (
 from secagg.failpoints import failpoint
 from secagg.logs import where
 from secagg.noise_audit import dithered
+from secagg.optimisers import OptimiserState
 from secagg.parameters import FloatSegment, Plan
 from secagg.release import Release
 from secagg.residues import ResidueSum, folded, widen
@@ -67,6 +69,7 @@ STORAGE_PAUSE_S = 5.0
 
 _BY_OPERATOR = "ABORTED: ended by the operator"
 _UNEXPECTED = "INTERNAL: see the server's log"
+_CONVERGED = "CONVERGED"
 # How far an attempt has come; an audit goes back to summing.
 _ORDER = (
     RoundState.CREATED,
@@ -170,11 +173,15 @@ class Coordinator:
     async def _to_its_end(self, spec: TaskSpec) -> None:
         try:
             failure = await self._settle_interrupted(spec)
+            reason = ""
             for number in range(self._store.task(spec.task_id).rounds_done + 1, spec.rounds + 1):
+                if reason := await asyncio.to_thread(self._learned, spec):
+                    _LOG.info("stopped_early", rounds=number - 1)
+                    break
                 row = self._store.task(spec.task_id)
                 await asyncio.to_thread(require_room, spec, row)
                 await self._round(spec, number, failure)
-            self._store.end_task(spec.task_id, TaskState.FINISHED)
+            self._store.end_task(spec.task_id, TaskState.FINISHED, reason)
         except (StorageError, OSError):
             raise
         except BudgetError:
@@ -191,6 +198,13 @@ class Coordinator:
             self._store.abort_open_rounds(spec.task_id, _UNEXPECTED)
             await self._forget(spec.task_id)
             self._store.end_task(spec.task_id, TaskState.FAILED, _UNEXPECTED)
+
+    def _learned(self, spec: TaskSpec) -> str:
+        """Why a task needs no other round, for its record; empty if it does."""
+        if spec.stop is None:
+            return ""
+        reason = spec.stop.reason(self._store.outcomes(spec.task_id))
+        return f"{_CONVERGED}: {reason}" if reason else ""
 
     async def _settle_interrupted(self, spec: TaskSpec) -> SecaggError | None:
         """After a restart: go on with the attempt that it interrupted; what went wrong, if any.
@@ -490,16 +504,14 @@ class Coordinator:
         release_ms: float,
     ) -> None:
         """Store sums and the next model, then record both in one transaction."""
-        version = self._store.task(spec.task_id).model_version
+        change = None
         if spec.model:
             try:
-                model = release.applied_to(self._model(spec, spec.model, version))
+                change = self._move_model(spec, spec.model, release)
             except ReleaseError as error:
                 # Released once, never again: the round is lost, the task goes on.
                 self._store.void_round(row.key, _reason(error), loss(release.plan))
                 return
-            self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(model))
-            failpoint("model-stored")
         self._blobs.put_sums(spec.task_id, row.round_number, sums_to_bytes(release.sums))
         version = self._store.finish_round(
             row.key,
@@ -510,6 +522,8 @@ class Coordinator:
             has_model=spec.model is not None,
             rho=loss(release.plan),
             clip=_following_clip(spec, row, release),
+            figure=_figure(spec, release),
+            change=change,
         )
         failpoint("round-finished")
         _LOG.info(
@@ -520,12 +534,52 @@ class Coordinator:
             model_version=version,
         )
 
-    def _model(self, spec: TaskSpec, segment: FloatSegment, version: int) -> NDArray[np.float32]:
-        return model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
+    def _move_model(self, spec: TaskSpec, segment: FloatSegment, release: Release) -> float | None:
+        """Store the next model, and what the optimiser remembers with it.
+
+        Both follow from those of the version before, which stay as they are, so that this can be
+        done again. Nobody reads either before the store names the version.
+
+        Returns:
+            The relative change; None from a model of zeros.
+
+        Raises:
+            ReleaseError: the mean cannot be used.
+        """
+        version = self._store.task(spec.task_id).model_version
+        model = model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
+        state = self._remembered(spec, segment, version)
+        moved, state = spec.optimiser.step(model, release.flat_mean(), state)
+        if spec.optimiser.remembers:
+            data = spec.optimiser.state_to_bytes(state)
+            self._blobs.put_optimiser(spec.task_id, version + 1, data)
+        failpoint("optimiser-stored")
+        self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(moved))
+        failpoint("model-stored")
+        return _relative_change(model, moved)
+
+    def _remembered(self, spec: TaskSpec, segment: FloatSegment, version: int) -> OptimiserState:
+        if version == 0 or not spec.optimiser.remembers:
+            return spec.optimiser.initial(segment.parameters)
+        data = self._blobs.optimiser(spec.task_id, version)
+        return spec.optimiser.state_from_bytes(data, segment.parameters)
 
 
 def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
     return dithered(plan, residues, Stream(key))
+
+
+def _relative_change(model: NDArray[np.float32], moved: NDArray[np.float32]) -> float | None:
+    length = float(np.linalg.norm(model.astype(np.float64)))
+    return float(np.linalg.norm(moved.astype(np.float64) - model)) / length if length else None
+
+
+def _figure(spec: TaskSpec, release: Release) -> float | None:
+    """The share of hits by which a task may stop; None where the clients' counts are none."""
+    if spec.stop is None or not spec.stop.figure:
+        return None
+    hits, users = release.total(spec.stop.figure).tolist()
+    return hits / users if 0 <= hits <= users and users else None
 
 
 def _following_clip(spec: TaskSpec, row: RoundRow, release: Release) -> float | None:

@@ -1,4 +1,4 @@
-"""Removes what nobody needs any more: old sums, model versions, receipts and verdicts.
+"""Removes what nobody needs any more: old sums, models, optimisers' state, receipts and verdicts.
 
 The newest model of a task stays, and so does the replay index: the digest, client and state of
 every upload. What has been used once must be known for as long as the server lives.
@@ -49,6 +49,7 @@ def sweep(store: Store, blobs: BlobStore, before: datetime.datetime) -> int:
 def _sweep_task(store: Store, blobs: BlobStore, task: TaskRow, before: datetime.datetime) -> None:
     if task.state is not TaskState.RUNNING:
         blobs.drop_uploads(task.task_id)
+        blobs.drop_optimiser(task.task_id, task.model_version)
     check = task.task_spec().plan.norm_check
     past = 1 if check is None or check.min_cosine is None else 2
     for row in store.rounds(task.task_id):

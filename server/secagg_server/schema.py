@@ -101,6 +101,7 @@ class RoundRow(Base):
         selected: JSON list of the clients drawn for this attempt; None for everybody.
         audited: whether the noise audit has judged its uploads.
         clip: clip norm of its plan, where that is another than the task's.
+        figure, model_change: what it tells of the model; see `stopping.Outcome`.
     """
 
     __tablename__ = "rounds"
@@ -123,6 +124,8 @@ class RoundRow(Base):
     selected: Mapped[str | None]
     audited: Mapped[bool] = mapped_column(default=False)
     clip: Mapped[float | None] = mapped_column(Double)
+    figure: Mapped[float | None] = mapped_column(Double)
+    model_change: Mapped[float | None] = mapped_column(Double)
 
     @property
     def key(self) -> RoundKey:

@@ -339,6 +339,8 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
             aggregate_ms=row.aggregate_ms,
             release_ms=row.release_ms,
             clip=_clip(spec, row.clip),
+            figure=row.figure,
+            change=row.model_change,
         )
         record.created_at.FromDatetime(row.created_at)
         if row.ended_at:

@@ -21,6 +21,7 @@ from secagg_server import migrations
 from secagg_server.audit_log import where
 from secagg_server.schema import RoundKey, RoundRow, TaskRow
 from secagg_server.states import FINAL, RoundState, TaskState, check_transition
+from secagg_server.stopping import Outcome
 from secagg_server.tasks import TaskSpec
 from secagg_server.transactions import Database, reading, writing
 from secagg_server.uploads import (
@@ -204,6 +205,16 @@ class Store(Uploads):
         )
         return session.scalar(newest) or 0
 
+    @reading
+    def outcomes(self, session: Session, task_id: str) -> list[Outcome]:
+        """What the rounds that are done tell of a task's model, in order."""
+        wanted = (
+            select(RoundRow.round_number, RoundRow.figure, RoundRow.model_change)
+            .where(RoundRow.task_id == task_id, RoundRow.state == RoundState.DONE)
+            .order_by(RoundRow.round_number)
+        )
+        return [Outcome(*row) for row in session.execute(wanted).tuples()]
+
     @writing
     def open_round(
         self,
@@ -280,12 +291,15 @@ class Store(Uploads):
         has_model: bool,
         rho: float = 0.0,
         clip: float | None = None,
+        figure: float | None = None,
+        change: float | None = None,
     ) -> int:
         """Record a release and the model version it made, together with the task's progress.
 
         Args:
             rho: zCDP of the release.
             clip: clip norm of the rounds that follow, if that is another than the plan's.
+            figure, change: what it tells of the model; see `Outcome`.
 
         Returns:
             The model version; unchanged for a task without a model.
@@ -305,6 +319,7 @@ class Store(Uploads):
         row.sums_sha256, row.contributors = sums_sha256, contributors
         row.model_version = task.model_version
         row.aggregate_ms, row.release_ms = aggregate_ms, release_ms
+        row.figure, row.model_change = figure, change
         self._record(
             session,
             "round-finished",
@@ -312,7 +327,7 @@ class Store(Uploads):
             sums=sums_sha256.hex(),
             contributors=contributors,
             model_version=task.model_version,
-            **_exactly(rho=rho, clip=clip),
+            **_exactly(rho=rho, clip=clip, figure=figure, change=change),
         )
         return task.model_version
 

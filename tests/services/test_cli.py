@@ -24,7 +24,8 @@ from secagg.parameters import NormCheck
 from secagg.planner import plan_tensors
 from secagg.sketch_shape import sketch_bytes
 from secagg_server.cli import app as server_app
-from secagg_server.tasks import TaskSpec, read_task
+from secagg_server.task_files import read_task
+from secagg_server.tasks import TaskSpec
 
 UNREACHABLE = "127.0.0.1:1"
 

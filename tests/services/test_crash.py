@@ -43,6 +43,7 @@ OF_THE_SERVER = (
     "uploads-judged",
     "sum-ready",
     "release-received",
+    "optimiser-stored",
     "model-stored",
     "round-finished",
 )

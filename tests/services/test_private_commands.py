@@ -40,7 +40,8 @@ from secagg_server.coordinator import Coordinator
 from secagg_server.rounds import OpenRounds
 from secagg_server.services import OperatorService
 from secagg_server.store import Store
-from secagg_server.tasks import AdaptiveClip, TaskSpec, read_task
+from secagg_server.task_files import read_task
+from secagg_server.tasks import AdaptiveClip, TaskSpec
 
 DELTA = 1e-5
 

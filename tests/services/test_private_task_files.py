@@ -26,8 +26,9 @@ from secagg.parameters import (
 )
 from secagg.planner import PRIVATE_MARGIN, make_plan
 from secagg.privacy import release_rho, sensitivity
-from secagg_server import tasks
-from secagg_server.tasks import AdaptiveClip, TaskSpec, read_task
+from secagg_server import task_files
+from secagg_server.task_files import read_task
+from secagg_server.tasks import AdaptiveClip, TaskSpec
 
 SAMPLE = Path(__file__).parents[2] / "docs" / "samples" / "task.toml"
 TASK = """
@@ -423,7 +424,7 @@ def test_a_plan_without_another_clip_norm_is_the_tasks_own() -> None:
 
 # --- the sample ---------------------------------------------------------------------------------
 
-SECTIONS = [tasks._Privacy, tasks._Threshold, tasks._AdaptiveClip]
+SECTIONS = [task_files._Privacy, task_files._Threshold, task_files._AdaptiveClip]
 
 
 def uncommented() -> str:
@@ -454,8 +455,13 @@ def test_the_sample_mentions_every_key_and_all_of_it_works(tmp_path: Path) -> No
 
 def test_defaults_that_files_and_library_share_are_the_same() -> None:
     fields = Privacy.__dataclass_fields__
-    assert tasks._Privacy.model_fields["integer_share"].default == fields["integer_share"].default
-    assert tasks._Privacy.model_fields["honest_clients"].default == fields["honest_clients"].default
+    assert (
+        task_files._Privacy.model_fields["integer_share"].default == fields["integer_share"].default
+    )
+    assert (
+        task_files._Privacy.model_fields["honest_clients"].default
+        == fields["honest_clients"].default
+    )
     text = SAMPLE.read_text(encoding="utf-8")
     for name, default in [("integer_share", "0.1"), ("quantile", "0.5"), ("rate", "0.2")]:
         assert re.search(rf"^# {name} = {default} .*# optional, default {default}\b", text, re.M)

@@ -20,7 +20,8 @@ from secagg_server.operator import Operator
 from secagg_server.rounds import OpenRound
 from secagg_server.services import OperatorService
 from secagg_server.states import RoundState, TaskState
-from secagg_server.tasks import TaskSpec, read_task
+from secagg_server.task_files import read_task
+from secagg_server.tasks import TaskSpec
 
 ENROLLED = range(10)
 REVOKED = (2, 7)

@@ -11,7 +11,8 @@ import pytest
 
 from secagg.errors import ConfigurationError, PlanError
 from secagg.parameters import IntegerSegment, NormCheck
-from secagg_server.tasks import TaskSpec, _NormCheck, read_task
+from secagg_server.task_files import _NormCheck, read_task
+from secagg_server.tasks import TaskSpec
 
 SAMPLE = Path(__file__).parents[2] / "docs" / "samples" / "task.toml"
 

@@ -11,7 +11,7 @@ from secagg.planner import make_plan
 from secagg_bench.baselines import RunConfig
 from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, TrainConfig
 from secagg_recommender.interactions import DataError
-from secagg_recommender.movielens import fetch_movielens
+from secagg_recommender.movielens_wheel import fetch_movielens
 
 __all__ = ["DemoSettings", "Source", "find_data"]
 

@@ -23,7 +23,6 @@ __all__ = ["DATASETS", "Clients", "bootstrap", "load_split", "validation_split"]
 DATASETS: Final = ("ml-100k", "amazon-beauty", "toy")
 """``"toy"`` is generated; the others need their files."""
 
-_BEAUTY: Final = Path("amazon-beauty") / "s3rec_Beauty.txt"
 _TOY: Final = {"n_shoppers": 120, "n_products": 100}
 
 
@@ -138,8 +137,6 @@ def load_split(name: str, data_dir: Path | None) -> Split:
     """
     if name == "toy":
         return split_leave_one_out(generate_marketplace(seed=0, **_TOY))
-    if name == "amazon-beauty":
-        return _load_sequences((data_dir or Path()) / _BEAUTY)
     return split_leave_one_out(load_dataset(name, data_dir))
 
 
@@ -151,24 +148,3 @@ def validation_split(split: Split) -> Split:
     test = np.full(split.n_users, NO_TEST_ITEM, dtype=np.int32)
     test[users[held]] = items[held]
     return Split(users[~held], items[~held], test, split.n_users, split.n_items)
-
-
-def _load_sequences(file: Path) -> Split:
-    """Read ``user item item …``, a user a line; the last of a repeated item counts."""
-    if not file.is_file():
-        raise DataError(
-            f"expected a file {_BEAUTY} in the data folder, got none; set SECAGG_DATA_DIR"
-        )
-    users: list[int] = []
-    items: list[int] = []
-    with file.open(encoding="ascii") as lines:
-        for user, line in enumerate(lines):
-            latest_first = list(dict.fromkeys(reversed(line.split()[1:])))
-            users += [user] * len(latest_first)
-            items += [int(item) for item in reversed(latest_first)]
-    known, codes = np.unique(np.asarray(items, dtype=np.int64), return_inverse=True)
-    owner, item = np.asarray(users, dtype=np.int32), codes.astype(np.int32)
-    held = np.append(owner[1:] != owner[:-1], True)
-    test = np.full(int(owner[-1]) + 1, NO_TEST_ITEM, dtype=np.int32)
-    test[owner[held]] = item[held]
-    return Split(owner[~held], item[~held], test, test.size, known.size)

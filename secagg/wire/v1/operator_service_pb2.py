@@ -27,49 +27,55 @@ from secagg.wire.v1 import plan_pb2 as secagg_dot_wire_dot_v1_dot_plan__pb2
 from secagg.wire.v1 import round_pb2 as secagg_dot_wire_dot_v1_dot_round__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%secagg/wire/v1/operator_service.proto\x12\x0esecagg.wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"\xe7\x01\n\x08TaskSpec\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x19\n\x11round_deadline_ms\x18\x04 \x01(\r\x12\x14\n\x0cmax_attempts\x18\x05 \x01(\r\x12\x16\n\x0etarget_clients\x18\x06 \x01(\r\x12\x18\n\x10selected_clients\x18\x07 \x01(\r\x12\x33\n\radaptive_clip\x18\x08 \x01(\x0b\x32\x1c.secagg.wire.v1.AdaptiveClip\".\n\x0c\x41\x64\x61ptiveClip\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12\x0c\n\x04rate\x18\x02 \x01(\x01\"[\n\x11\x43reateTaskRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.TaskSpecH\x00\x12\x14\n\nmodel_data\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"L\n\x12\x43reateTaskResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\x12\x0c\n\x04note\x18\x02 \x01(\t\"9\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x11ListTasksResponse\x12)\n\x05tasks\x18\x01 \x03(\x0b\x32\x1a.secagg.wire.v1.TaskStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x02\n\nTaskStatus\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.TaskSpec\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\x12\x13\n\x0brounds_done\x18\x03 \x01(\r\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07privacy\x18\x07 \x01(\x0b\x32\x1b.secagg.wire.v1.TaskPrivacy\x12\x0c\n\x04\x63lip\x18\x08 \x01(\x01\"\xa0\x01\n\x0bTaskPrivacy\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.PrivacyMode\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\x12\x15\n\rreleases_left\x18\x06 \x01(\x04\"H\n\x0eGetTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x81\x01\n\x0fGetTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.secagg.wire.v1.TaskStatus\x12+\n\x06rounds\x18\x02 \x03(\x0b\x32\x1b.secagg.wire.v1.RoundRecord\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\x80\x03\n\x0bRoundRecord\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.secagg.wire.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07uploads\x18\x05 \x01(\r\x12\x10\n\x08rejected\x18\x06 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x07 \x01(\r\x12\x13\n\x0bsums_sha256\x18\x08 \x01(\x0c\x12\x15\n\rmodel_version\x18\t \x01(\r\x12\x14\n\x0cupload_bytes\x18\n \x01(\x04\x12\x14\n\x0c\x61ggregate_ms\x18\x0b \x01(\x01\x12\x12\n\nrelease_ms\x18\x0c \x01(\x01\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x63lip\x18\x0f \x01(\x01\"#\n\x10\x41\x62ortTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"=\n\x11\x41\x62ortTaskResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\"7\n\x0eGetSumsRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\"5\n\x0fGetSumsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontributors\x18\x02 \x01(\r\",\n\x12\x45xportAuditRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"u\n\x13\x45xportAuditResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\t\x12\r\n\x05\x65vent\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\t\x12\x10\n\x08previous\x18\x05 \x01(\x0c\x12\x0c\n\x04hash\x18\x06 \x01(\x0c*o\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_RUNNING\x10\x01\x12\x17\n\x13TASK_STATE_FINISHED\x10\x02\x12\x15\n\x11TASK_STATE_FAILED\x10\x03\x32\x80\x04\n\x0fOperatorService\x12U\n\nCreateTask\x12!.secagg.wire.v1.CreateTaskRequest\x1a\".secagg.wire.v1.CreateTaskResponse(\x01\x12P\n\tListTasks\x12 .secagg.wire.v1.ListTasksRequest\x1a!.secagg.wire.v1.ListTasksResponse\x12J\n\x07GetTask\x12\x1e.secagg.wire.v1.GetTaskRequest\x1a\x1f.secagg.wire.v1.GetTaskResponse\x12P\n\tAbortTask\x12 .secagg.wire.v1.AbortTaskRequest\x1a!.secagg.wire.v1.AbortTaskResponse\x12L\n\x07GetSums\x12\x1e.secagg.wire.v1.GetSumsRequest\x1a\x1f.secagg.wire.v1.GetSumsResponse0\x01\x12X\n\x0b\x45xportAudit\x12\".secagg.wire.v1.ExportAuditRequest\x1a#.secagg.wire.v1.ExportAuditResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%secagg/wire/v1/operator_service.proto\x12\x0esecagg.wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19secagg/wire/v1/plan.proto\x1a\x1asecagg/wire/v1/round.proto\"\xb9\x02\n\x08TaskSpec\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secagg.wire.v1.Plan\x12\x0e\n\x06rounds\x18\x03 \x01(\r\x12\x19\n\x11round_deadline_ms\x18\x04 \x01(\r\x12\x14\n\x0cmax_attempts\x18\x05 \x01(\r\x12\x16\n\x0etarget_clients\x18\x06 \x01(\r\x12\x18\n\x10selected_clients\x18\x07 \x01(\r\x12\x33\n\radaptive_clip\x18\x08 \x01(\x0b\x32\x1c.secagg.wire.v1.AdaptiveClip\x12,\n\toptimiser\x18\t \x01(\x0b\x32\x19.secagg.wire.v1.Optimiser\x12\"\n\x04stop\x18\n \x01(\x0b\x32\x14.secagg.wire.v1.Stop\"z\n\tOptimiser\x12+\n\x04name\x18\x01 \x01(\x0e\x32\x1d.secagg.wire.v1.OptimiserName\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x03 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x04 \x01(\x01\x12\x0b\n\x03tau\x18\x05 \x01(\x01\"R\n\x04Stop\x12\x10\n\x08patience\x18\x01 \x01(\r\x12\x14\n\x0cleast_change\x18\x02 \x01(\x01\x12\x0e\n\x06\x66igure\x18\x03 \x01(\t\x12\x12\n\nleast_gain\x18\x04 \x01(\x01\".\n\x0c\x41\x64\x61ptiveClip\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12\x0c\n\x04rate\x18\x02 \x01(\x01\"[\n\x11\x43reateTaskRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.TaskSpecH\x00\x12\x14\n\nmodel_data\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"L\n\x12\x43reateTaskResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\x12\x0c\n\x04note\x18\x02 \x01(\t\"9\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x11ListTasksResponse\x12)\n\x05tasks\x18\x01 \x03(\x0b\x32\x1a.secagg.wire.v1.TaskStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x02\n\nTaskStatus\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.secagg.wire.v1.TaskSpec\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\x12\x13\n\x0brounds_done\x18\x03 \x01(\r\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07privacy\x18\x07 \x01(\x0b\x32\x1b.secagg.wire.v1.TaskPrivacy\x12\x0c\n\x04\x63lip\x18\x08 \x01(\x01\"\xa0\x01\n\x0bTaskPrivacy\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.secagg.wire.v1.PrivacyMode\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\x12\x15\n\rreleases_left\x18\x06 \x01(\x04\"H\n\x0eGetTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x81\x01\n\x0fGetTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.secagg.wire.v1.TaskStatus\x12+\n\x06rounds\x18\x02 \x03(\x0b\x32\x1b.secagg.wire.v1.RoundRecord\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xc0\x03\n\x0bRoundRecord\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.secagg.wire.v1.RoundState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07uploads\x18\x05 \x01(\r\x12\x10\n\x08rejected\x18\x06 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x07 \x01(\r\x12\x13\n\x0bsums_sha256\x18\x08 \x01(\x0c\x12\x15\n\rmodel_version\x18\t \x01(\r\x12\x14\n\x0cupload_bytes\x18\n \x01(\x04\x12\x14\n\x0c\x61ggregate_ms\x18\x0b \x01(\x01\x12\x12\n\nrelease_ms\x18\x0c \x01(\x01\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x63lip\x18\x0f \x01(\x01\x12\x13\n\x06\x66igure\x18\x10 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06\x63hange\x18\x11 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_figureB\t\n\x07_change\"#\n\x10\x41\x62ortTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"=\n\x11\x41\x62ortTaskResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.secagg.wire.v1.TaskState\"7\n\x0eGetSumsRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\"5\n\x0fGetSumsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontributors\x18\x02 \x01(\r\",\n\x12\x45xportAuditRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"u\n\x13\x45xportAuditResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\t\x12\r\n\x05\x65vent\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\t\x12\x10\n\x08previous\x18\x05 \x01(\x0c\x12\x0c\n\x04hash\x18\x06 \x01(\x0c*\xb6\x01\n\rOptimiserName\x12\x1e\n\x1aOPTIMISER_NAME_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPTIMISER_NAME_AVERAGE\x10\x01\x12\x1b\n\x17OPTIMISER_NAME_MOMENTUM\x10\x02\x12\x1a\n\x16OPTIMISER_NAME_ADAGRAD\x10\x03\x12\x17\n\x13OPTIMISER_NAME_ADAM\x10\x04\x12\x17\n\x13OPTIMISER_NAME_YOGI\x10\x05*o\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_RUNNING\x10\x01\x12\x17\n\x13TASK_STATE_FINISHED\x10\x02\x12\x15\n\x11TASK_STATE_FAILED\x10\x03\x32\x80\x04\n\x0fOperatorService\x12U\n\nCreateTask\x12!.secagg.wire.v1.CreateTaskRequest\x1a\".secagg.wire.v1.CreateTaskResponse(\x01\x12P\n\tListTasks\x12 .secagg.wire.v1.ListTasksRequest\x1a!.secagg.wire.v1.ListTasksResponse\x12J\n\x07GetTask\x12\x1e.secagg.wire.v1.GetTaskRequest\x1a\x1f.secagg.wire.v1.GetTaskResponse\x12P\n\tAbortTask\x12 .secagg.wire.v1.AbortTaskRequest\x1a!.secagg.wire.v1.AbortTaskResponse\x12L\n\x07GetSums\x12\x1e.secagg.wire.v1.GetSumsRequest\x1a\x1f.secagg.wire.v1.GetSumsResponse0\x01\x12X\n\x0b\x45xportAudit\x12\".secagg.wire.v1.ExportAuditRequest\x1a#.secagg.wire.v1.ExportAuditResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secagg.wire.v1.operator_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKSTATE']._serialized_start=2144
-  _globals['_TASKSTATE']._serialized_end=2255
+  _globals['_OPTIMISERNAME']._serialized_start=2499
+  _globals['_OPTIMISERNAME']._serialized_end=2681
+  _globals['_TASKSTATE']._serialized_start=2683
+  _globals['_TASKSTATE']._serialized_end=2794
   _globals['_TASKSPEC']._serialized_start=146
-  _globals['_TASKSPEC']._serialized_end=377
-  _globals['_ADAPTIVECLIP']._serialized_start=379
-  _globals['_ADAPTIVECLIP']._serialized_end=425
-  _globals['_CREATETASKREQUEST']._serialized_start=427
-  _globals['_CREATETASKREQUEST']._serialized_end=518
-  _globals['_CREATETASKRESPONSE']._serialized_start=520
-  _globals['_CREATETASKRESPONSE']._serialized_end=596
-  _globals['_LISTTASKSREQUEST']._serialized_start=598
-  _globals['_LISTTASKSREQUEST']._serialized_end=655
-  _globals['_LISTTASKSRESPONSE']._serialized_start=657
-  _globals['_LISTTASKSRESPONSE']._serialized_end=744
-  _globals['_TASKSTATUS']._serialized_start=747
-  _globals['_TASKSTATUS']._serialized_end=1009
-  _globals['_TASKPRIVACY']._serialized_start=1012
-  _globals['_TASKPRIVACY']._serialized_end=1172
-  _globals['_GETTASKREQUEST']._serialized_start=1174
-  _globals['_GETTASKREQUEST']._serialized_end=1246
-  _globals['_GETTASKRESPONSE']._serialized_start=1249
-  _globals['_GETTASKRESPONSE']._serialized_end=1378
-  _globals['_ROUNDRECORD']._serialized_start=1381
-  _globals['_ROUNDRECORD']._serialized_end=1765
-  _globals['_ABORTTASKREQUEST']._serialized_start=1767
-  _globals['_ABORTTASKREQUEST']._serialized_end=1802
-  _globals['_ABORTTASKRESPONSE']._serialized_start=1804
-  _globals['_ABORTTASKRESPONSE']._serialized_end=1865
-  _globals['_GETSUMSREQUEST']._serialized_start=1867
-  _globals['_GETSUMSREQUEST']._serialized_end=1922
-  _globals['_GETSUMSRESPONSE']._serialized_start=1924
-  _globals['_GETSUMSRESPONSE']._serialized_end=1977
-  _globals['_EXPORTAUDITREQUEST']._serialized_start=1979
-  _globals['_EXPORTAUDITREQUEST']._serialized_end=2023
-  _globals['_EXPORTAUDITRESPONSE']._serialized_start=2025
-  _globals['_EXPORTAUDITRESPONSE']._serialized_end=2142
-  _globals['_OPERATORSERVICE']._serialized_start=2258
-  _globals['_OPERATORSERVICE']._serialized_end=2770
+  _globals['_TASKSPEC']._serialized_end=459
+  _globals['_OPTIMISER']._serialized_start=461
+  _globals['_OPTIMISER']._serialized_end=583
+  _globals['_STOP']._serialized_start=585
+  _globals['_STOP']._serialized_end=667
+  _globals['_ADAPTIVECLIP']._serialized_start=669
+  _globals['_ADAPTIVECLIP']._serialized_end=715
+  _globals['_CREATETASKREQUEST']._serialized_start=717
+  _globals['_CREATETASKREQUEST']._serialized_end=808
+  _globals['_CREATETASKRESPONSE']._serialized_start=810
+  _globals['_CREATETASKRESPONSE']._serialized_end=886
+  _globals['_LISTTASKSREQUEST']._serialized_start=888
+  _globals['_LISTTASKSREQUEST']._serialized_end=945
+  _globals['_LISTTASKSRESPONSE']._serialized_start=947
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1034
+  _globals['_TASKSTATUS']._serialized_start=1037
+  _globals['_TASKSTATUS']._serialized_end=1299
+  _globals['_TASKPRIVACY']._serialized_start=1302
+  _globals['_TASKPRIVACY']._serialized_end=1462
+  _globals['_GETTASKREQUEST']._serialized_start=1464
+  _globals['_GETTASKREQUEST']._serialized_end=1536
+  _globals['_GETTASKRESPONSE']._serialized_start=1539
+  _globals['_GETTASKRESPONSE']._serialized_end=1668
+  _globals['_ROUNDRECORD']._serialized_start=1671
+  _globals['_ROUNDRECORD']._serialized_end=2119
+  _globals['_ABORTTASKREQUEST']._serialized_start=2121
+  _globals['_ABORTTASKREQUEST']._serialized_end=2156
+  _globals['_ABORTTASKRESPONSE']._serialized_start=2158
+  _globals['_ABORTTASKRESPONSE']._serialized_end=2219
+  _globals['_GETSUMSREQUEST']._serialized_start=2221
+  _globals['_GETSUMSREQUEST']._serialized_end=2276
+  _globals['_GETSUMSRESPONSE']._serialized_start=2278
+  _globals['_GETSUMSRESPONSE']._serialized_end=2331
+  _globals['_EXPORTAUDITREQUEST']._serialized_start=2333
+  _globals['_EXPORTAUDITREQUEST']._serialized_end=2377
+  _globals['_EXPORTAUDITRESPONSE']._serialized_start=2379
+  _globals['_EXPORTAUDITRESPONSE']._serialized_end=2496
+  _globals['_OPERATORSERVICE']._serialized_start=2797
+  _globals['_OPERATORSERVICE']._serialized_end=3309
 # @@protoc_insertion_point(module_scope)

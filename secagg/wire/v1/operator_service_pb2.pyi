@@ -12,19 +12,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class OptimiserName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPTIMISER_NAME_UNSPECIFIED: _ClassVar[OptimiserName]
+    OPTIMISER_NAME_AVERAGE: _ClassVar[OptimiserName]
+    OPTIMISER_NAME_MOMENTUM: _ClassVar[OptimiserName]
+    OPTIMISER_NAME_ADAGRAD: _ClassVar[OptimiserName]
+    OPTIMISER_NAME_ADAM: _ClassVar[OptimiserName]
+    OPTIMISER_NAME_YOGI: _ClassVar[OptimiserName]
+
 class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TASK_STATE_UNSPECIFIED: _ClassVar[TaskState]
     TASK_STATE_RUNNING: _ClassVar[TaskState]
     TASK_STATE_FINISHED: _ClassVar[TaskState]
     TASK_STATE_FAILED: _ClassVar[TaskState]
+OPTIMISER_NAME_UNSPECIFIED: OptimiserName
+OPTIMISER_NAME_AVERAGE: OptimiserName
+OPTIMISER_NAME_MOMENTUM: OptimiserName
+OPTIMISER_NAME_ADAGRAD: OptimiserName
+OPTIMISER_NAME_ADAM: OptimiserName
+OPTIMISER_NAME_YOGI: OptimiserName
 TASK_STATE_UNSPECIFIED: TaskState
 TASK_STATE_RUNNING: TaskState
 TASK_STATE_FINISHED: TaskState
 TASK_STATE_FAILED: TaskState
 
 class TaskSpec(_message.Message):
-    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients", "selected_clients", "adaptive_clip")
+    __slots__ = ("task_id", "plan", "rounds", "round_deadline_ms", "max_attempts", "target_clients", "selected_clients", "adaptive_clip", "optimiser", "stop")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +48,8 @@ class TaskSpec(_message.Message):
     TARGET_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SELECTED_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTIVE_CLIP_FIELD_NUMBER: _ClassVar[int]
+    OPTIMISER_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     plan: _plan_pb2.Plan
     rounds: int
@@ -41,7 +58,35 @@ class TaskSpec(_message.Message):
     target_clients: int
     selected_clients: int
     adaptive_clip: AdaptiveClip
-    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ..., selected_clients: _Optional[int] = ..., adaptive_clip: _Optional[_Union[AdaptiveClip, _Mapping]] = ...) -> None: ...
+    optimiser: Optimiser
+    stop: Stop
+    def __init__(self, task_id: _Optional[str] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., rounds: _Optional[int] = ..., round_deadline_ms: _Optional[int] = ..., max_attempts: _Optional[int] = ..., target_clients: _Optional[int] = ..., selected_clients: _Optional[int] = ..., adaptive_clip: _Optional[_Union[AdaptiveClip, _Mapping]] = ..., optimiser: _Optional[_Union[Optimiser, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
+
+class Optimiser(_message.Message):
+    __slots__ = ("name", "learning_rate", "beta1", "beta2", "tau")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    TAU_FIELD_NUMBER: _ClassVar[int]
+    name: OptimiserName
+    learning_rate: float
+    beta1: float
+    beta2: float
+    tau: float
+    def __init__(self, name: _Optional[_Union[OptimiserName, str]] = ..., learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., tau: _Optional[float] = ...) -> None: ...
+
+class Stop(_message.Message):
+    __slots__ = ("patience", "least_change", "figure", "least_gain")
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
+    LEAST_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    FIGURE_FIELD_NUMBER: _ClassVar[int]
+    LEAST_GAIN_FIELD_NUMBER: _ClassVar[int]
+    patience: int
+    least_change: float
+    figure: str
+    least_gain: float
+    def __init__(self, patience: _Optional[int] = ..., least_change: _Optional[float] = ..., figure: _Optional[str] = ..., least_gain: _Optional[float] = ...) -> None: ...
 
 class AdaptiveClip(_message.Message):
     __slots__ = ("quantile", "rate")
@@ -140,7 +185,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[TaskStatus, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class RoundRecord(_message.Message):
-    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at", "clip")
+    __slots__ = ("round_number", "attempt", "state", "reason", "uploads", "rejected", "contributors", "sums_sha256", "model_version", "upload_bytes", "aggregate_ms", "release_ms", "created_at", "ended_at", "clip", "figure", "change")
     ROUND_NUMBER_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +201,8 @@ class RoundRecord(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
+    FIGURE_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
     round_number: int
     attempt: int
     state: _round_pb2.RoundState
@@ -171,7 +218,9 @@ class RoundRecord(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     ended_at: _timestamp_pb2.Timestamp
     clip: float
-    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., release_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., clip: _Optional[float] = ...) -> None: ...
+    figure: float
+    change: float
+    def __init__(self, round_number: _Optional[int] = ..., attempt: _Optional[int] = ..., state: _Optional[_Union[_round_pb2.RoundState, str]] = ..., reason: _Optional[str] = ..., uploads: _Optional[int] = ..., rejected: _Optional[int] = ..., contributors: _Optional[int] = ..., sums_sha256: _Optional[bytes] = ..., model_version: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., aggregate_ms: _Optional[float] = ..., release_ms: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., clip: _Optional[float] = ..., figure: _Optional[float] = ..., change: _Optional[float] = ...) -> None: ...
 
 class AbortTaskRequest(_message.Message):
     __slots__ = ("task_id",)

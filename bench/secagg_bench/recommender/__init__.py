@@ -1,0 +1,1 @@
+"""Experiments with the recommender: uneven data, weak devices, one round, sessions, serving."""
