@@ -40,6 +40,9 @@ class ClientSettings(Settings):
     state_dir: Path = Field(
         Path("secagg-data/client"), description="identity key and private user vectors"
     )
+    model: Literal["factorisation", "ease", "transitions", "session"] = Field(
+        "factorisation", description="kind of model that the task is for"
+    )
     dimensions: int = Field(16, ge=1, description="length of user and item vectors")
     max_epsilon: float | None = Field(
         None, gt=0, description="most epsilon to spend in a task, beyond what its budget allows"

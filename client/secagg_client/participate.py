@@ -1,8 +1,8 @@
-"""A silo of users in a task: train, contribute, remember; and recommend afterwards.
+"""A device's part in a task: do a round's work, contribute it, remember.
 
-What stays on the device: interactions, user vectors, sample counts, losses. What leaves it: an
-encrypted, weighted update of the shared item table. The private state is kept per round, so that
-another attempt at a round trains from the same start and gives the same update.
+What stays on the device: interactions, what a `Learner` remembers, sample counts, losses, and what
+compression has left out. What leaves it: encrypted sums. The private state is kept per round, so
+that another attempt at a round starts from the same and gives the same contribution.
 """
 
 from __future__ import annotations
@@ -10,40 +10,32 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from secagg.compression import left_over
 from secagg.context import RoundContext
 from secagg.errors import ClosedError, ConfigurationError, DuplicateError, PausedError
-from secagg.parameters import IntegerSegment, Plan
-from secagg.private_files import write
-from secagg.quantize import Contribution
-from secagg.receipts import SigningKey
+from secagg.parameters import FloatSegment, IntegerSegment, Plan
 from secagg.sampling import Stream
-from secagg_client.config import ClientSettings, identity_in
+from secagg_client.config import ClientSettings
+from secagg_client.learners import Part, load_learner
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.session import ClientSession, CurrentRound, Judgement
-from secagg_recommender.datasets import load_dataset
-from secagg_recommender.factorisation import Silo, TrainConfig
-from secagg_recommender.interactions import DataError, Interactions, Split, split_leave_one_out
-from secagg_recommender.partition import partition_users
+from secagg_client.state_dir import StateDir
+from secagg_recommender.interactions import DataError
+from secagg_recommender.learner import Assignment, Learner, Work
 
-__all__ = [
-    "Participation",
-    "RoundReport",
-    "StateDir",
-    "load_silo",
-    "participate",
-    "train_config",
-]
+__all__ = ["Device", "Participation", "RoundReport", "participate"]
 
 _LOG = structlog.get_logger(__name__)
-_KEPT_STATES = 2
+
+_Tensors = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,93 +70,6 @@ class Participation:
     refused: int
 
 
-class StateDir:
-    """A client's private files, readable by their owner only."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def identity(self) -> SigningKey:
-        """The client's signing key, made at the first call."""
-        return identity_in(self._root)
-
-    def save_vectors(self, round_number: int, state: bytes) -> None:
-        """Keep the user vectors as they are after a round, and those of the round before."""
-        write(self._root / f"vectors-{round_number}.npz", state)
-        for old in self._rounds()[:-_KEPT_STATES]:
-            (self._root / f"vectors-{old}.npz").unlink()
-
-    def vectors_before(self, round_number: int) -> bytes | None:
-        """The user vectors that a round starts from; None before the first one."""
-        earlier = [number for number in self._rounds() if number < round_number]
-        return self._vectors(earlier[-1]) if earlier else None
-
-    def latest_vectors(self) -> bytes | None:
-        """The newest user vectors; None before the first round."""
-        rounds = self._rounds()
-        return self._vectors(rounds[-1]) if rounds else None
-
-    def report(self, report: RoundReport) -> None:
-        """Append a line to the client's own record of costs."""
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self._root / "costs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(report)) + "\n")
-
-    def _vectors(self, round_number: int) -> bytes:
-        return (self._root / f"vectors-{round_number}.npz").read_bytes()
-
-    def _rounds(self) -> list[int]:
-        names = (path.stem.removeprefix("vectors-") for path in self._root.glob("vectors-*.npz"))
-        return sorted(int(name) for name in names)
-
-
-def train_config(settings: ClientSettings) -> TrainConfig:
-    """How this client trains."""
-    return TrainConfig(
-        dimensions=settings.dimensions, local_epochs=settings.local_epochs, seed=settings.seed
-    )
-
-
-def load_silo(settings: ClientSettings) -> tuple[Interactions, Silo]:
-    """The dataset and this client's part of it.
-
-    Raises:
-        DataError: the data cannot be used, or there is no such silo.
-        ConfigurationError: see `PrivateSilo`.
-    """
-    interactions = load_dataset(settings.dataset, settings.data_dir)
-    split = split_leave_one_out(interactions)
-    parts = partition_users(split.n_users, settings.silos, settings.seed)
-    if settings.silo >= len(parts):
-        raise DataError(f"expected a silo below {len(parts)}; got silo={settings.silo}")
-    users, config = parts[settings.silo], train_config(settings)
-    if settings.example_epsilon is None:
-        return interactions, Silo(settings.silo, split, users, config)
-    return interactions, _private_silo(settings, split, users, config, settings.example_epsilon)
-
-
-def _private_silo(
-    settings: ClientSettings,
-    split: Split,
-    users: NDArray[np.int64],
-    config: TrainConfig,
-    epsilon: float,
-) -> Silo:
-    # opacus takes seconds to load, and is an extra.
-    from secagg_recommender.example_privacy import ExamplePrivacy, PrivateSilo
-
-    privacy = ExamplePrivacy.for_rounds(
-        settings.example_rounds,
-        epsilon=epsilon,
-        delta=settings.example_delta,
-        sampling_rate=settings.example_rate,
-        steps=settings.example_steps,
-        nominal_samples=settings.example_samples,
-    )
-    ledger = settings.state_dir / "example-privacy.npz"
-    return PrivateSilo(settings.silo, split, users, config, privacy, ledger=ledger)
-
-
 class _Record:
     """Reports every contribution once: when its verdict has come, or will not come any more."""
 
@@ -187,11 +92,56 @@ class _Record:
         if self._waiting is not None:
             (report, rounds_total), self._waiting = self._waiting, None
             report = replace(report, accepted=accepted)
-            self._state.report(report)
+            self._state.note_cost(json.dumps(asdict(report)))
             self._on_round(report, rounds_total)
 
     def summary(self) -> Participation:
         return Participation(self._contributed, self._judged, self._refused)
+
+
+class Device:
+    """A learner, and what it remembers from round to round.
+
+    Args:
+        learner: in the state that it has before its first round.
+    """
+
+    def __init__(self, learner: Learner, state: StateDir) -> None:
+        self._learner = learner
+        self._state = state
+        self._start = learner.state()
+
+    def take_part(self, current: CurrentRound) -> RoundReport | None:
+        """Work and contribute; None when the round went on without this client.
+
+        Raises:
+            DataError: the round's work cannot be done.
+            SecaggError: see `CurrentRound.contribute`.
+        """
+        before, rest = self._state.before(current.number)
+        self._learner.restore(self._start if before is None else before)
+        started = time.perf_counter()
+        work = self._learner.work(_assignment(current))
+        train_s = time.perf_counter() - started
+        if work is None:
+            _LOG.info("round_sat_out", round=current.number)
+            return None
+        made, rest = _with_rest(current, work, rest)
+        made |= _counts(current.context.plan, self._learner)
+        try:
+            cost = current.contribute(made, samples=work.samples)
+        except (ClosedError, DuplicateError, PausedError) as error:
+            _LOG.warning("round_missed", round=current.number, why=error.reason)
+            return None
+        self._state.save(current.number, self._learner.state(), rest)
+        return RoundReport(
+            current.number,
+            train_s,
+            cost.quantize_s,
+            cost.encrypt_s,
+            cost.upload_s,
+            cost.upload_bytes,
+        )
 
 
 def participate(
@@ -208,8 +158,9 @@ def participate(
         PrivacyError: another contribution would cost more privacy than allowed.
         SecaggError: the data cannot be used, or the task has failed or cannot be reached.
     """
-    _, silo = load_silo(settings)
+    part = Part.of(settings)
     state = StateDir(settings.state_dir)
+    device: Device | None = None
     record = _Record(state, on_round)
     with ClientSession(
         settings.server,
@@ -223,7 +174,10 @@ def participate(
         try:
             for current in session.rounds(record.judged):
                 record.settle()
-                report = _take_part(current, silo, state)
+                if device is None:
+                    segments = [segment.name for segment in current.context.plan.segments]
+                    device = Device(load_learner(part, segments), state)
+                report = device.take_part(current)
                 if report is not None:
                     record.add(report, current.rounds_total)
                 if current.context.plan.norm_check is None:
@@ -250,8 +204,8 @@ def _rounding(settings: ClientSettings) -> Callable[[RoundContext], Stream] | No
     return repeatable
 
 
-def _counts(plan: Plan, silo: Silo) -> dict[str, NDArray[np.int64]]:
-    """One for each row that this silo has an item for, where the plan withholds rows of too few.
+def _counts(plan: Plan, learner: Learner) -> dict[str, NDArray[np.int64]]:
+    """One for each row that this device has an item for, where the plan withholds rows of too few.
 
     Where the plan lets a client count fewer than it has, they are drawn anew in each round.
     """
@@ -261,33 +215,36 @@ def _counts(plan: Plan, silo: Silo) -> dict[str, NDArray[np.int64]]:
     (counted,) = (s for s in plan.segments if s.name == name and isinstance(s, IntegerSegment))
     # A norm of m ones is sqrt(m); a little more for its rounding, less than one more would need.
     most = counted.size if counted.max_norm is None else int(counted.max_norm**2 + 1e-6)
-    items = silo.items.tolist()
+    items = learner.items.tolist()
     counts = np.zeros(counted.size, dtype=np.int64)
     counts[random.SystemRandom().sample(items, min(most, len(items)))] = 1
     return {name: counts}
 
 
-def _take_part(current: CurrentRound, silo: Silo, state: StateDir) -> RoundReport | None:
-    """Train and contribute; None when the round went on without this client."""
-    before = state.vectors_before(current.number)
-    if before is not None:
-        silo.restore(before)
-    started = time.perf_counter()
-    trained = silo.train(current.model.tensors, current.number)
-    train_s = time.perf_counter() - started
-    try:
-        made: dict[str, Contribution] = {"update": trained.update}
-        made |= _counts(current.context.plan, silo)
-        cost = current.contribute(made, samples=trained.samples)
-    except (ClosedError, DuplicateError, PausedError) as error:
-        _LOG.warning("round_missed", round=current.number, why=error.reason)
-        return None
-    state.save_vectors(current.number, silo.state())
-    return RoundReport(
-        current.number,
-        train_s,
-        cost.quantize_s,
-        cost.encrypt_s,
-        cost.upload_s,
-        cost.upload_bytes,
-    )
+def _assignment(current: CurrentRound) -> Assignment:
+    plan = current.context.plan
+    segments = {segment.name: segment for segment in plan.segments}
+    rounds = current.rounds_total
+    return Assignment(current.number, current.model.tensors, segments, rounds, plan.payload_bytes)
+
+
+def _with_rest(
+    current: CurrentRound, work: Work, rest: _Tensors
+) -> tuple[dict[str, Any], _Tensors | None]:
+    """What to contribute, with what earlier rounds left out; and what this one leaves out."""
+    made: dict[str, Any] = dict(work.arrays)
+    for segment in current.context.plan.segments:
+        if isinstance(segment, FloatSegment) and segment.compression is not None:
+            update = made[segment.name] = _sum(made[segment.name], rest)
+            return made, left_over(segment, update, current.context.rotation)
+    return made, None
+
+
+def _sum(update: _Tensors, rest: _Tensors) -> dict[str, NDArray[np.float32]]:
+    shapes = {name: value.shape for name, value in rest.items()}
+    if rest and shapes != {name: value.shape for name, value in update.items()}:
+        raise DataError(
+            "expected left-overs of the tensors that this round trains, got others in the state "
+            "directory; use a directory of its own for each task"
+        )
+    return {name: value + rest[name] if rest else value for name, value in update.items()}

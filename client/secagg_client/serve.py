@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from secagg.archive import read_npz
 from secagg_client.config import ClientSettings
-from secagg_client.participate import StateDir, train_config
+from secagg_client.learners import train_config
 from secagg_client.session import ClientSession
+from secagg_client.state_dir import StateDir
 from secagg_recommender.datasets import load_dataset
 from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
 from secagg_recommender.interactions import DataError, Interactions, split_leave_one_out

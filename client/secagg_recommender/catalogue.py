@@ -101,7 +101,7 @@ def load_catalogue(*files: Path | str) -> Catalogue:
     ``Get`` or 7), ``no_rating_count``, ``bad_rating_count`` (such as ``Only 1 left in stock.``),
     ``no_price``, ``bad_price`` (such as ₹0), ``no_list_price``, ``bad_list_price``. A product with
     a list price alone is asked that price: ``no_discount_price``. ``price_above_list``: then the
-    list price is taken for wrong; likewise ``other_currency``. the discount is that of the
+    list price is taken for wrong; likewise ``other_currency``. The discount is that of the
     prices, whatever the file says: ``bad_percentage`` (not such as ``64%``), ``discount_mismatch``
     (more than a point off).
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isqrt
+from math import isqrt, sqrt
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from secagg.parameters import IntegerSegment
 from secagg_recommender.histories import checked_items, histories_of
 from secagg_recommender.interactions import DataError, Split
 from secagg_recommender.learner import Assignment, Work
@@ -25,6 +26,7 @@ __all__ = [
     "RIDGE",
     "Ease",
     "EaseLearner",
+    "ease_segment",
     "ease_weights",
     "gram_from_triangle",
     "gram_triangle",
@@ -46,6 +48,21 @@ _MEMORY_BYTES: Final = 8 << 30
 def triangle_size(n_items: int) -> int:
     """Integers in the upper triangle of a Gram matrix, its diagonal included: n(n + 1)/2."""
     return n_items * (n_items + 1) // 2
+
+
+def ease_segment(n_items: int, *, users: int, interactions: int) -> IntegerSegment:
+    """What a task of EASE sums.
+
+    The bound of its norm holds for any client of so many users and interactions: a user of m items
+    has a triangle of norm √(m(m + 1)/2), below (m + ½)/√2, and norms of sums are below their sum.
+
+    Args:
+        n_items: of the catalogue.
+        users: that a client has at the most.
+        interactions: that they have together at the most, each item of a user once.
+    """
+    norm = (interactions + users / 2) / sqrt(2)
+    return IntegerSegment(GRAM, triangle_size(n_items), users, norm)
 
 
 def gram_triangle(histories: Iterable[npt.ArrayLike], n_items: int) -> npt.NDArray[np.int64]:

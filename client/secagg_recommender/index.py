@@ -86,11 +86,12 @@ class ExactIndex:
             they are read), or vectors in memory beyond the budget.
     """
 
-    def __init__(self, vectors: _Floats, bias: _Floats, *, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(
+        self, vectors: _Floats, bias: _Floats, *, budget_bytes: int = BUDGET_BYTES
+    ) -> None:
         """Check the tables; nothing is copied."""
         self._budget = budget_bytes
         self._parts: list[tuple[_Floats, _Floats]] = []
-        self._hash = hashlib.sha256(b"secagg item table")
         self.add(vectors, bias)
 
     @property
@@ -111,7 +112,11 @@ class ExactIndex:
     @property
     def digest(self) -> str:
         """SHA-256 over all rows in order: changes with any value, not with how they were added."""
-        return self._hash.hexdigest()
+        running = hashlib.sha256(b"secagg item table")
+        for part, part_bias in self._parts:
+            for _, rows, bias in _blocks(part, part_bias, self._free):
+                running.update(np.column_stack([rows, bias]).astype("<f4", copy=False).tobytes())
+        return running.hexdigest()
 
     def add(self, vectors: _Floats, bias: _Floats) -> _Ids:
         """Append items; returns their ids.
@@ -121,16 +126,13 @@ class ExactIndex:
         """
         check_table(vectors, bias, self._parts[0][0].shape[1] if self._parts else None)
         first, free = self.n_items, self._left_for_work(vectors, bias)
-        running = self._hash.copy()
         for start, rows, row_bias in _blocks(vectors, bias, free):
-            table = np.column_stack([rows, row_bias])
-            if not np.isfinite(table).all():
+            if not (np.isfinite(rows).all() and np.isfinite(row_bias).all()):
                 raise DataError(
                     "expected finite vectors and biases, got NaN or infinity in items "
                     f"{first + start} to {first + start + len(rows) - 1}; ask for an earlier model"
                 )
-            running.update(table.astype("<f4", copy=False).tobytes())
-        self._free, self._hash = free, running
+        self._free = free
         self._parts.append((vectors, bias))
         return np.arange(first, self.n_items, dtype=np.int64)
 
@@ -199,7 +201,11 @@ class GraphIndex:
     """
 
     def __init__(
-        self, exact: ExactIndex, *, expansion: int = _EXPANSION, graph: Any = None  # noqa: ANN401
+        self,
+        exact: ExactIndex,
+        *,
+        expansion: int = _EXPANSION,
+        graph: Any = None,  # noqa: ANN401
     ) -> None:
         """Build the graph, or take one."""
         self.exact = exact
@@ -277,9 +283,7 @@ def new_graph(dimensions: int) -> Any:  # noqa: ANN401 - of a library that is lo
             "expected usearch for this index, got no such package; install the extra: "
             "pip install 'secagg[index]', or use the exact index"
         ) from None
-    return usearch.Index(
-        ndim=dimensions + 1, metric="ip", dtype="f32", connectivity=_CONNECTIVITY
-    )
+    return usearch.Index(ndim=dimensions + 1, metric="ip", dtype="f32", connectivity=_CONNECTIVITY)
 
 
 def recall(index: ItemIndex, exact: ItemIndex, queries: npt.NDArray[np.floating], k: int) -> float:
@@ -317,7 +321,11 @@ def check_table(vectors: _Floats, bias: _Floats, dimensions: int | None) -> None
 
 
 def check_request(
-    query: npt.NDArray[np.floating], k: int, own: Sequence[int] | _Ids, n_items: int, dimensions: int
+    query: npt.NDArray[np.floating],
+    k: int,
+    own: Sequence[int] | _Ids,
+    n_items: int,
+    dimensions: int,
 ) -> tuple[_Floats, _Ids]:
     """The query as float32 and the own items, distinct and ascending, if they can be served."""
     if k < 1:

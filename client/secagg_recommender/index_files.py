@@ -107,7 +107,9 @@ def _about(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"expected the folder of an index, got {folder}: {error}; save_index() writes one"
         ) from None
-    raise DataError(f"expected an index of format {_FORMAT}, got another in {folder}; build it again")
+    raise DataError(
+        f"expected an index of format {_FORMAT}, got another in {folder}; build it again"
+    )
 
 
 def _fingerprint(file: Path) -> str:

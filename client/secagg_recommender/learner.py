@@ -1,9 +1,9 @@
 """What a round asks of a device, and what the device has to say: the same for every kind of model.
 
-A model that is trained sends an update and moves its private state along; one that is counted sends
-integers once. Whoever takes part in a task (`secagg_client.participate`) knows neither: it hands the
-round over as an `Assignment`, encrypts the arrays of the `Work` that comes back, and keeps the
-private state.
+A model that is trained sends an update and moves its private state along; one that is counted
+sends integers once. Whoever takes part in a task (`secagg_client.participate`) knows neither: it
+hands the round over as an `Assignment`, encrypts the arrays of the `Work` that comes back, and
+keeps the private state.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ linear: the sum of clients' tables is the table of their summed counts, and tell
 no more. From that sum the counts are read back exactly, or, where there are more pairs than
 planned, not at all; they never come out wrong unnoticed.
 
-Each pair lies in one cell of each of three parts, by three public bijections that scatter all pairs.
+Each pair lies in one cell of each of three parts, by three public bijections that scatter pairs.
 A cell sums up the counts of its pairs, and their counts times a *word*: the bits of the pair that
 the cell's place does not tell, and a checksum of the rest. A cell with one pair left is recognised
 by its word, read, and taken out of all three parts, which leaves other cells with one.
@@ -102,7 +102,7 @@ class PairTable:
             raise DataError(
                 f"expected cells enough for a checksum of {_CHECK_BITS} bits beside what they do "
                 f"not tell of a pair, got cells={self.cells} for {self.n_items} items; "
-                f"cells={-(-self.n_items**2 >> (WORD_BITS - _CHECK_BITS)) + 1} would work"
+                f"cells={-(-(self.n_items**2) >> (WORD_BITS - _CHECK_BITS)) + 1} would work"
             )
 
     @classmethod
@@ -181,9 +181,7 @@ class PairTable:
             self._add(counts, words, keys, -totals)
             yield keys, totals
 
-    def _alone(
-        self, part: int, cells: _Ints, counts: _Ints, words: _Ints
-    ) -> tuple[_Ints, _Ints]:
+    def _alone(self, part: int, cells: _Ints, counts: _Ints, words: _Ints) -> tuple[_Ints, _Ints]:
         """Pairs that are by themselves in a cell of a part, with their counts."""
         totals = counts[cells]
         word, rest = np.divmod(words[cells], totals)

@@ -144,7 +144,7 @@ def _attribute_fault(
     return None
 
 
-class _Pairs(list[tuple[str, Any]]):
+class _Pairs(tuple[tuple[str, Any], ...]):
     """A JSON object as it was written, repeated keys included."""
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "WORDS",
     "Transitions",
     "TransitionsLearner",
+    "pairs_from_sums",
     "popularity",
     "transition_counts",
     "transition_segments",
@@ -96,19 +97,21 @@ def popularity(histories: Iterable[npt.ArrayLike], n_items: int) -> _Ints:
 
 
 def transition_segments(
-    n_items: int, *, pairs: int, most: int, users: int
+    n_items: int, *, pairs: int, most: int, norm: float, users: int
 ) -> tuple[IntegerSegment, ...]:
     """What a task of transitions sums.
 
     Args:
         pairs: distinct pairs that all clients together may have; see `PairTable`.
         most: largest count that a client may have in one cell of the table.
+        norm: largest L2 norm of a client's counts in the table. A norm check holds it to that; the
+            popularity it does not look at, which only orders what has equal votes.
         users: most users of one client, who each count once in the popularity of an item.
     """
     size = PairTable.for_pairs(n_items, pairs).size
     return (
-        IntegerSegment(COUNTS, size, most),
-        IntegerSegment(WORDS, size, most << WORD_BITS),
+        IntegerSegment(COUNTS, size, most, norm),
+        IntegerSegment(WORDS, size, most << WORD_BITS, norm * (1 << WORD_BITS)),
         IntegerSegment(POPULARITY, n_items, users),
     )
 
@@ -151,7 +154,7 @@ class Transitions:
         pairs: PairCounts,
         popularity: npt.NDArray[np.integer],
         *,
-        backward: float = 0.5,
+        backward: float = 0.25,
         damping: float = 0.5,
     ) -> Transitions:
         """The model of exact counts.
@@ -189,15 +192,9 @@ class Transitions:
         """The model of the sums that a task of `transition_segments` has released.
 
         Raises:
-            DataError: other segments; see also `PairTable.decode`.
+            DataError: see :func:`pairs_from_sums`.
         """
-        if not sums.keys() >= {COUNTS, WORDS, POPULARITY}:
-            raise DataError(
-                f"expected sums of the segments {COUNTS!r}, {WORDS!r} and {POPULARITY!r}, got "
-                f"{sorted(sums)}"
-            )
-        table = _table(sums[POPULARITY].size, sums[COUNTS].size)
-        return cls.of(table.decode(sums[COUNTS], sums[WORDS]), sums[POPULARITY])
+        return cls.of(pairs_from_sums(sums), sums[POPULARITY])
 
     @staticmethod
     def names() -> set[str]:
@@ -247,14 +244,27 @@ class Transitions:
         return np.asarray(strengths) * _RECENCY ** np.arange(items.size)[::-1]
 
 
+def pairs_from_sums(sums: Mapping[str, npt.NDArray[np.integer]]) -> PairCounts:
+    """The exact counts that a task of `transition_segments` has released.
+
+    Raises:
+        DataError: other segments; see also `PairTable.decode`.
+    """
+    if not sums.keys() >= {COUNTS, WORDS, POPULARITY}:
+        raise DataError(
+            f"expected sums of the segments {COUNTS!r}, {WORDS!r} and {POPULARITY!r}, got "
+            f"{sorted(sums)}"
+        )
+    table = _table(sums[POPULARITY].size, sums[COUNTS].size)
+    return table.decode(sums[COUNTS], sums[WORDS])
+
+
 def _both_ways(pairs: PairCounts, backward: float) -> tuple[_Ints, _Ints, npt.NDArray[np.float64]]:
     """Counts plus a share of their transposed, by first item, then second."""
     first, second = np.divmod(pairs.keys, pairs.n_items)
     keys = np.concatenate([pairs.keys, second * pairs.n_items + first])
     keys, place = np.unique(keys, return_inverse=True)
-    strengths = np.bincount(
-        place, weights=np.concatenate([pairs.counts, backward * pairs.counts])
-    )
+    strengths = np.bincount(place, weights=np.concatenate([pairs.counts, backward * pairs.counts]))
     kept = strengths > 0
     first, second = np.divmod(keys[kept], pairs.n_items)
     return first, second, strengths[kept]

@@ -213,7 +213,7 @@ class Store(Uploads):
             .where(RoundRow.task_id == task_id, RoundRow.state == RoundState.DONE)
             .order_by(RoundRow.round_number)
         )
-        return [Outcome(*row) for row in session.execute(wanted).tuples()]
+        return [Outcome(*row) for row in session.execute(wanted)]
 
     @writing
     def open_round(

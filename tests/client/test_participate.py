@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +51,21 @@ from secagg.wire import codec
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg_client.cli import app
 from secagg_client.config import ClientSettings
+from secagg_client.learners import Part, load_learner, load_silo
 from secagg_client.ledger import Fate, Ledger
 from secagg_client.participate import (
+    Device,
     Participation,
     RoundReport,
-    StateDir,
     _counts,
     _rounding,
-    _take_part,
-    load_silo,
     participate,
 )
 from secagg_client.prepare import prepare
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.serve import recommend_for
 from secagg_client.session import ClientSession, Cost
+from secagg_client.state_dir import StateDir
 from secagg_recommender.example_privacy import PrivateSilo
 from secagg_recommender.factorisation import init_shared
 from secagg_recommender.interactions import DataError
@@ -86,11 +86,17 @@ def _costs(settings: ClientSettings) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def _device(settings: ClientSettings) -> Device:
+    """A client as it comes out of a start."""
+    learner = load_learner(Part.of(settings), ["update"])
+    return Device(learner, StateDir(settings.state_dir))
+
+
 class _Round:
     """A round that records what is contributed to it, or refuses it."""
 
     def __init__(self, number: int, refusal: Exception | None = None) -> None:
-        self.number = number
+        self.number, self.rounds_total = number, 9
         self.context = KeyHolder(plan_tensors(10, max_clients=5, clip=1.0)).context
         self.model = type("Model", (), {"tensors": init_shared(ITEMS, 4, 0)})()
         self.refusal = refusal
@@ -107,7 +113,8 @@ class _Round:
 def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     state = StateDir(tmp_path / "private")
     state.identity()
-    state.save_vectors(1, b"vectors")
+    state.save(1, b"vectors", {"tensor": np.ones(2, np.float32)})
+    state.note_cost("{}")
     for path in (tmp_path / "private").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
@@ -121,29 +128,27 @@ def test_identity_stays_the_same_over_restarts_and_differs_between_clients(tmp_p
 
 def test_looking_for_state_creates_nothing(tmp_path: Path) -> None:
     assert StateDir(tmp_path / "absent").latest_vectors() is None
-    assert StateDir(tmp_path / "absent").vectors_before(3) is None
+    assert StateDir(tmp_path / "absent").before(3) == (None, {})
     assert not (tmp_path / "absent").exists()
 
 
 def test_state_before_a_round_is_that_of_the_last_earlier_one(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     for number in (1, 2, 9, 10):
-        state.save_vectors(number, b"%d" % number)
-    assert state.vectors_before(10) == b"9"
-    assert state.vectors_before(11) == b"10"
+        state.save(number, b"%d" % number)
+    assert state.before(10) == (b"9", {})
+    assert state.before(11) == (b"10", {})
     assert state.latest_vectors() == b"10"
-    assert state.vectors_before(9) is None, "only the two newest are kept"
+    assert state.before(9) == (None, {}), "only the two newest are kept"
 
 
 def test_another_attempt_at_a_round_contributes_the_same_update(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
-    state = StateDir(settings.state_dir)
-    _, silo = load_silo(settings)
-    _take_part(_Round(1), silo, state)  # type: ignore[arg-type]
+    device = _device(settings)
+    device.take_part(_Round(1))  # type: ignore[arg-type]
     first, again = _Round(2), _Round(2)
-    _take_part(first, silo, state)  # type: ignore[arg-type]
-    _, restarted = load_silo(settings)
-    _take_part(again, restarted, state)  # type: ignore[arg-type]
+    device.take_part(first)  # type: ignore[arg-type]
+    _device(settings).take_part(again)  # type: ignore[arg-type]
     for name, value in first.update.items():
         assert np.array_equal(value, again.update[name])
     assert first.samples == again.samples > 0
@@ -156,22 +161,16 @@ def test_a_missed_round_leaves_the_private_state_as_it_was(
     tmp_path: Path, refusal: Exception
 ) -> None:
     settings = _settings(tmp_path)
-    state = StateDir(settings.state_dir)
-    _, silo = load_silo(settings)
-    assert _take_part(_Round(1, refusal), silo, state) is None  # type: ignore[arg-type]
-    assert state.latest_vectors() is None
+    assert _device(settings).take_part(_Round(1, refusal)) is None  # type: ignore[arg-type]
+    assert StateDir(settings.state_dir).latest_vectors() is None
     assert not (settings.state_dir / "costs.jsonl").exists()
 
 
 def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
-    _, silo = load_silo(settings)
-    state = StateDir(settings.state_dir)
-    report = _take_part(_Round(1), silo, state)  # type: ignore[arg-type]
+    report = _device(settings).take_part(_Round(1))  # type: ignore[arg-type]
     assert report is not None
-    state.report(report)
-    (line,) = _costs(settings)
-    assert line.keys() == {
+    assert asdict(report).keys() == {
         "round_number", "train_s", "quantize_s", "encrypt_s", "upload_s", "upload_bytes",
         "accepted",
     }  # fmt: skip
@@ -179,7 +178,7 @@ def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None
 
 def test_a_silo_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="silo"):
-        load_silo(_settings(tmp_path, silo=3))
+        Part.of(_settings(tmp_path, silo=3))
 
 
 def test_a_silo_with_an_example_budget_trains_by_noisy_steps(tmp_path: Path) -> None:
@@ -190,12 +189,12 @@ def test_a_silo_with_an_example_budget_trains_by_noisy_steps(tmp_path: Path) -> 
         "example_steps": 2,
         "example_samples": 1000,
     }
-    _, silo = load_silo(_settings(tmp_path, **wanted))
+    silo = load_silo(Part.of(_settings(tmp_path, **wanted)))
     assert isinstance(silo, PrivateSilo)
     table = init_shared(ITEMS, 4, 0)
     first = silo.train(table, 1)
     assert first.samples == 1000
-    _, again = load_silo(_settings(tmp_path, **wanted))
+    again = load_silo(Part.of(_settings(tmp_path, **wanted)))
     assert isinstance(again, PrivateSilo)
     assert (again.steps, again.epsilon) == (silo.steps, silo.epsilon)
     assert again.epsilon > 0
@@ -219,7 +218,7 @@ def test_a_silo_counts_the_items_it_has_where_rows_are_withheld(
     norm = None if most is None else most**0.5
     counts = IntegerSegment("contributors", ITEMS, 1, norm)
     plan = make_plan([table, counts], max_clients=5, threshold=RowThreshold("contributors", 3))
-    _, silo = load_silo(_settings(tmp_path))
+    silo = load_learner(Part.of(_settings(tmp_path)), [])
     drawn = [_counts(plan, silo)["contributors"] for _ in range(2)]
     for counted in drawn:
         assert counted.shape == (ITEMS,)
@@ -442,7 +441,7 @@ def test_a_silo_that_lost_what_it_had_encrypted_sits_the_round_out(
     settings = _joining(made, tmp_path, 0)
     _crash(settings)
     (settings.state_dir / "upload-recommender.1.1").unlink()
-    _, silo = load_silo(settings)
+    device = _device(settings)
     with ClientSession(
         made.server,
         "recommender",
@@ -452,7 +451,7 @@ def test_a_silo_that_lost_what_it_had_encrypted_sits_the_round_out(
     ) as session:
         current = next(iter(session.rounds()))
         with structlog.testing.capture_logs() as log:
-            assert _take_part(current, silo, StateDir(settings.state_dir)) is None
+            assert device.take_part(current) is None
     assert [(line["event"], line["why"]) for line in log if line["log_level"] == "warning"] == [
         ("round_missed", "DUPLICATE_UPLOAD")
     ]
@@ -514,10 +513,9 @@ def test_a_user_is_never_recommended_what_they_own(tmp_path: Path, model_file: P
 
 def test_a_trained_user_is_served_from_the_private_vector(tmp_path: Path, model_file: Path) -> None:
     settings = _settings(tmp_path)
-    _, silo = load_silo(settings)
-    user = int(silo.users[0])
+    user = int(Part.of(settings).users[0])
     fitted = recommend_for(settings, user=str(user), items=None, top=5, model=model_file)
-    _take_part(_Round(1), silo, StateDir(settings.state_dir))  # type: ignore[arg-type]
+    _device(settings).take_part(_Round(1))  # type: ignore[arg-type]
     served = recommend_for(settings, user=str(user), items=None, top=5, model=model_file)
     assert [row.score for row in fitted] != [row.score for row in served]
 

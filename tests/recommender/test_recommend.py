@@ -94,7 +94,7 @@ def test_missing_tensor_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_scores_are_refused(bad: float) -> None:
-    with pytest.raises(DataError, match="non_finite=1"):
+    with pytest.raises(DataError, match="finite vectors and biases"):
         recommend(ZERO, model([1.0, bad, 1.0, 1.0]), [], 1, TITLES)
 
 

@@ -16,7 +16,7 @@ from secagg.errors import ConfigurationError
 from secagg.options import with_settings
 from secagg.quantize import quantize
 from secagg_client.config import ClientSettings
-from secagg_client.participate import load_silo
+from secagg_client.learners import Part, load_silo
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.session import ClientKit, ClientSession
 
@@ -27,7 +27,7 @@ FACTOR = -10
 
 def poison(settings: ClientSettings, kit: ClientKit) -> int:
     """Send poison in every round until the task ends; how many uploads were sent."""
-    _, silo = load_silo(settings)
+    silo = load_silo(Part.of(settings))
     sent = 0
     with ClientSession(settings.server, settings.task, kit, outbox=settings.state_dir) as session:
         for current in session.rounds():

@@ -47,12 +47,12 @@ def main(
             "expected the folder of the data sets; got none; set SECAGG_DATA_DIR, or try --quick, "
             "which needs no data"
         )
-    found: dict[str, Any] = {"trials": {}, "encrypted": {}}
+    found: dict[str, Any] = {"trials": {}, "encrypted": {}, "toy": quick}
     if output.is_file():
         found = json.loads(output.read_text(encoding="utf-8"))
     output.parent.mkdir(parents=True, exist_ok=True)
     if not draw:
-        for _ in _measured(found, data_dir, quick=quick):
+        for _ in _measured(found, data_dir, toy=quick):
             # After each run, because all of them take long.
             text = json.dumps(found, indent=1, sort_keys=True)
             output.write_text(text + "\n", encoding="utf-8")
@@ -63,13 +63,13 @@ def main(
     out.print(f"wrote {output} and {page}", highlight=False)
 
 
-def _measured(found: dict[str, Any], data_dir: Path | None, *, quick: bool) -> Iterator[None]:
+def _measured(found: dict[str, Any], data_dir: Path | None, *, toy: bool) -> Iterator[None]:
     """Run what has no result yet; yields after each."""
     from secagg_bench.recommender import sections
     from secagg_bench.recommender.trials import World, run
 
     def small(trial: Trial) -> Trial:
-        return sections.quick(trial) if quick else trial
+        return sections.quick(trial) if toy else trial
 
     @lru_cache(maxsize=2)
     def world(dataset: str, validation: bool) -> World:
@@ -82,7 +82,7 @@ def _measured(found: dict[str, Any], data_dir: Path | None, *, quick: bool) -> I
             yield trial, world(trial.dataset, trial.validation)
 
     tried = [small(sections.tuned(t)) for ts in sections.candidates().values() for t in ts]
-    for trial, where in missing(tried[:2] if quick else tried):
+    for trial, where in missing(tried[:2] if toy else tried):
         found["trials"][trial.key] = run(trial, where)
         yield
     for label, trial in sections.compared().items():
@@ -90,10 +90,9 @@ def _measured(found: dict[str, Any], data_dir: Path | None, *, quick: bool) -> I
             trial = small(trial)
             found["encrypted"][label] = _compared(trial, world(trial.dataset, False))
             yield
-    seeds = sections.SEEDS[:2] if quick else sections.SEEDS
-    for section in sections.sections(found["trials"]):
-        rows = list(section.rows.values())[: 2 if quick else None]
-        for trial, where in missing([small(replace(t, seed=s)) for s in seeds for t in rows]):
+    for section in sections.sections(found["trials"], toy=toy):
+        rows = section.rows.values()
+        for trial, where in missing([replace(t, seed=s) for s in sections.SEEDS for t in rows]):
             found["trials"][trial.key] = run(trial, where)
             yield
 
@@ -104,8 +103,8 @@ def _compared(trial: Trial, world: World) -> dict[str, Any]:
 
     adder = Encrypting()
     result = run(trial, world, adder)
-    seconds = {step: median(values) for step, values in adder.seconds.items()}
-    return {"rounds": adder.rounds, "seconds": seconds, "trial": trial.key, **result}
+    took = {step: median(values) for step, values in adder.seconds.items()}
+    return {**result, "rounds": adder.rounds, "took": took, "trial": trial.key}
 
 
 if __name__ == "__main__":

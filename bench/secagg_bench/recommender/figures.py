@@ -121,8 +121,9 @@ def _pair_plot(frame: pd.DataFrame, currency: str) -> Figure:
     names = list(_FEATURES)
     units = {"price": currency, "list_price": currency, "rating": "stars"}
     labels = [", ".join(filter(None, (_FEATURES[name], units.get(name)))) for name in names]
-    figure = Figure(figsize=(10.4, 9.6), layout="constrained")
-    grid = figure.subplots(len(names), len(names), squeeze=False)
+    figure = Figure(figsize=(10.4, 9.6))
+    gaps = {"wspace": 0.1, "hspace": 0.1, "left": 0.08, "right": 0.99, "bottom": 0.06, "top": 0.95}
+    grid = figure.subplots(len(names), len(names), squeeze=False, gridspec_kw=gaps)
     values = {name: _scaled(frame, name) for name in names}
     ranks = frame.corr(method="spearman").to_numpy()
     for (row, column), axes in np.ndenumerate(grid):
@@ -141,7 +142,7 @@ def _pair_plot(frame: pd.DataFrame, currency: str) -> Figure:
         axes.set_ylabel(labels[row] if column == 0 else "")
     figure.suptitle(
         f"{len(frame):,} products: each figure, each pair, and their rank correlation",
-        x=0.01, ha="left",
+        x=0.02, ha="left",
     )  # fmt: skip
     return figure
 

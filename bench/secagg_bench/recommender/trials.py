@@ -88,7 +88,7 @@ class Trial:
     proximal: float = 0.0
     bits: int = 8
     clip: float = 40.0
-    weight_cap: int = 60_000
+    weight_cap: int = 20_000
     rank: int = 0
     subset: float = 1.0
     feedback: bool = False
