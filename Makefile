@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint proto proto-check bench gallery privacy clean
+.PHONY: help setup demo test test-slow lint proto proto-check bench gallery privacy recommender clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ privacy: $(STAMP) ## Measure what privacy costs, and attacks with and without it
 	$(BIN)/python -m secagg_bench.private_checks --output bench/results/private_checks.json
 	$(BIN)/python -m secagg_bench.privacy --table docs/privacy-results.md
 	$(BIN)/python -m secagg_bench.readme
+
+recommender: $(STAMP) ## Measure the recommender: optimisers, partitions, compression, devices (needs SECAGG_DATA_DIR, an hour)
+	$(BIN)/python -m secagg_bench.recommender
 
 clean: ## Remove everything that was generated or installed
 	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

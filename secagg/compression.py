@@ -146,7 +146,7 @@ def _orthonormal(
     """Gaussian columns, made orthonormal one after the other (modified Gram-Schmidt)."""
     stream = Stream.derive("low rank", rotation, segment, tensor)
     words = stream.uint32(_UNIFORMS * columns * rank).reshape(_UNIFORMS, rank, columns)
-    rows = words.astype(np.float64).sum(axis=0) - _UNIFORMS * 2.0**31
+    rows: NDArray[np.float64] = words.astype(np.float64).sum(axis=0) - _UNIFORMS * 2.0**31
     for index, row in enumerate(rows):
         for earlier in rows[:index]:
             row -= _dot(row, earlier) * earlier

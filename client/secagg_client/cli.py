@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from secagg import logs
+from secagg.archive import read_npz
 from secagg.commands import (
     OutputFormat,
     err,
@@ -22,11 +24,19 @@ from secagg.commands import (
 )
 from secagg.errors import ConfigurationError
 from secagg.options import with_settings
-from secagg.parameters import Privacy
 from secagg_client.config import ClientSettings, identity_in
+from secagg_client.prepare_command import prepare_command
 from secagg_client.switch import Switch
 
 __all__ = ["app"]
+
+
+class IndexKind(StrEnum):
+    """How `recommend` finds the best items."""
+
+    exact = "exact"
+    usearch = "usearch"
+
 
 app = typer.Typer(help="A client: trains on its own data.", no_args_is_help=True)
 
@@ -156,44 +166,21 @@ def withdraw(settings: ClientSettings) -> None:
         out.print(f"withdrawn from {where}: the server says it is erased", highlight=False)
 
 
-@app.command("prepare")
+app.command("prepare")(prepare_command)
+
+
+@app.command("count-model")
 @exits_cleanly
-@with_settings(ClientSettings, ["task", "dataset", "data_dir", "silos", "dimensions", "seed"])
-def prepare_command(
-    settings: ClientSettings,
-    folder: Annotated[Path, typer.Argument(help="folder for task.toml and initial.npz")],
-    rounds: Annotated[int, typer.Option(help="rounds of training")] = 25,
-    privacy: Annotated[
-        str | None,
-        typer.Option(help="who adds noise: release (key holder), distributed or local (clients)"),
-    ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="privacy budget of all rounds")] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="of the budget; well below 1 over the clients")
-    ] = None,
-    row_threshold: Annotated[
-        int | None,
-        typer.Option(min=2, help="clients that must have an item for its row to be released"),
-    ] = None,
+def count_model(
+    sums: Annotated[Path, typer.Argument(help="what `secagg-server task sums` has written")],
+    output: Annotated[Path, typer.Argument(help=".npz file to write")],
+    ridge: Annotated[float, typer.Option(help="of EASE: how many users outweigh nothing")] = 300.0,
 ) -> None:
-    """Write the recommender's task and initial model, for `secagg-server task create`.
+    """Make the model of a round of --model ease or transitions, for `recommend --model`."""
+    from secagg_client.one_round import model_from_sums
 
-    With --privacy, --epsilon and --delta, each client's contributions are protected by noise.
-    With --row-threshold, items that too few clients have leave the key holder as zeros. With
-    either, all clients weigh equally.
-    """
-    from secagg_client.prepare import prepare
-
-    wish = None
-    if privacy is not None and epsilon is not None and delta is not None:
-        wish = Privacy(privacy, 1.0, epsilon, delta)
-    elif (privacy, epsilon, delta) != (None, None, None):
-        raise ConfigurationError(
-            f"expected --privacy, --epsilon and --delta together; got {privacy=}, {epsilon=}, "
-            f"{delta=}; give all three, such as --privacy release --epsilon 8 --delta 1e-5"
-        )
-    prepare(settings, folder, rounds=rounds, privacy=wish, least=row_threshold)
-    out.print(f"wrote {folder / 'task.toml'} and {folder / 'initial.npz'}", highlight=False)
+    model = model_from_sums(sums, output, ridge=ridge)
+    out.print(f"wrote {output}, a model of {model.n_items} items", highlight=False)
 
 
 @app.command()
@@ -220,7 +207,11 @@ def data(
 @app.command()
 @exits_cleanly
 @with_settings(
-    ClientSettings, ["server", "kit", "insecure", "task", "dataset", "data_dir", "state_dir"]
+    ClientSettings,
+    [
+        *("server", "kit", "insecure", "task", "dataset", "data_dir", "state_dir"),
+        "allow_server_scores",
+    ],
 )
 def recommend(
     settings: ClientSettings,
@@ -233,21 +224,68 @@ def recommend(
         Path | None,
         typer.Option(help="model .npz, such as runs/latest/model.npz; else the server's"),
     ] = None,
+    explain: Annotated[bool, typer.Option(help="say which own items each is due to")] = False,
+    index: Annotated[
+        IndexKind, typer.Option(help="usearch: a graph for large catalogues (secagg[index])")
+    ] = IndexKind.exact,
+    memory_mb: Annotated[int, typer.Option(min=1, help="most memory for the exact index")] = 1024,
+    cohort: Annotated[
+        str | None,
+        typer.Option(help="start from what a cohort has, such as 'F 25-34'; needs no items"),
+    ] = None,
+    cohort_table: Annotated[
+        Path | None, typer.Option(help=".npz with the cohorts' released counts")
+    ] = None,
+    cohort_clients: Annotated[
+        int, typer.Option(min=1, help="who took part, if that file is the task's model: a mean")
+    ] = 1,
+    cohort_least: Annotated[
+        int, typer.Option(min=2, help="that task's threshold: fewer were withheld")
+    ] = 5,
+    server_scores: Annotated[
+        str | None,
+        typer.Option(help="refine by the model of this task, or .npz; if allow_server_scores"),
+    ] = None,
+    server_weight: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="what the server's scores weigh")
+    ] = 0.3,
     format_: Annotated[OutputFormat, typer.Option("--format")] = OutputFormat.table,
 ) -> None:
     """The best items for one user, computed on this device.
 
     A user trained here has a vector in the state directory; for anybody else one is fitted from
-    their own items, with the shared table frozen. Nothing is sent to the server.
+    their own items, with the shared table frozen. Nothing about the user is sent to the server.
     """
-    from secagg_client.serve import recommend_for
+    from secagg_client.serve import CohortStart, ServerHelp, recommend_for
 
-    rows = recommend_for(settings, user=user, items=items, top=top, model=model)
+    if (cohort is None) != (cohort_table is None):
+        raise ConfigurationError(
+            "expected --cohort and --cohort-table together; got one of them; give both or neither"
+        )
+    start = None
+    if cohort is not None and cohort_table is not None:
+        start = CohortStart(cohort, cohort_table, cohort_clients, cohort_least)
+    rows = recommend_for(
+        settings,
+        user=user,
+        items=items,
+        top=top,
+        model=model,
+        explain=explain,
+        index=index.value,
+        memory_mb=memory_mb,
+        cohort=start,
+        server=None if server_scores is None else ServerHelp(server_scores, server_weight),
+    )
     if format_ is OutputFormat.json:
         print_json([asdict(row) for row in rows])
         return
-    table = [(row.rank, row.item, row.title, f"{row.score:.3f}") for row in rows]
-    print_table(("#", "item", "title", "score"), table)
+    headings = ("#", "item", "title", "score", "because you liked")
+    table = [
+        (row.rank, row.item, row.title, f"{row.score:.3f}", "; ".join(row.because)) for row in rows
+    ]
+    shown = len(headings) if explain else len(headings) - 1
+    print_table(headings[:shown], [line[:shown] for line in table])
 
 
 @app.command("model")
@@ -256,15 +294,24 @@ def recommend(
 def download(
     settings: ClientSettings,
     output: Annotated[Path, typer.Argument(help=".npz file to write")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="initial.npz that `prepare` wrote: names the items in the file too"),
+    ] = None,
 ) -> None:
-    """Download the task's newest model: the shared tensors, by name."""
-    from secagg_client.session import ClientSession
+    """Download the task's newest model: the shared tensors, by name.
 
+    With --labels, another task can start from the file even if its catalogue has changed.
+    """
+    from secagg_client.session import ClientSession
+    from secagg_recommender.warm_start import LABELS, labels_of
+
+    named = {} if labels is None else {LABELS: labels_of(read_npz(labels))}
     with ClientSession(
         settings.server, settings.task, settings.credentials(), insecure=settings.insecure
     ) as session:
         latest = session.latest_model()
-    np.savez(output, **latest.tensors)  # type: ignore[arg-type]  # names come from the plan
+    np.savez(output, **latest.tensors, **named)  # type: ignore[arg-type]  # names: the plan's
     out.print(f"wrote version {latest.version} to {output}")
 
 

@@ -68,6 +68,9 @@ class ClientSettings(Settings):
     max_upload_bytes: int | None = Field(
         None, gt=0, description="miss rounds, so as to upload no more in a task"
     )
+    allow_server_scores: bool = Field(
+        False, description="let a server's scores refine recommendations; the table is fetched whole"
+    )
     seed: int = Field(0, ge=0, description="of partition, start and sampling; equal for all silos")
     repeatable_seed: int | None = Field(
         None, ge=0, description="round repeatably; for demos on one machine only"

@@ -126,14 +126,14 @@ class Device:
         if work is None:
             _LOG.info("round_sat_out", round=current.number)
             return None
-        made, rest = _with_rest(current, work, rest)
+        made, left = _with_rest(current, work, rest)
         made |= _counts(current.context.plan, self._learner)
         try:
             cost = current.contribute(made, samples=work.samples)
         except (ClosedError, DuplicateError, PausedError) as error:
             _LOG.warning("round_missed", round=current.number, why=error.reason)
             return None
-        self._state.save(current.number, self._learner.state(), rest)
+        self._state.save(current.number, self._learner.state(), left)
         return RoundReport(
             current.number,
             train_s,

@@ -69,6 +69,15 @@ class StateDir:
         rounds = self._rounds()
         return self._vectors(rounds[-1]).read_bytes() if rounds else None
 
+    def user_vector(self, user: int) -> npt.NDArray[np.float32] | None:
+        """The newest vector of a user that was trained here, ``(d,)``; None where there is none."""
+        state = self.latest_vectors()
+        if not state:
+            return None
+        with np.load(io.BytesIO(state), allow_pickle=False) as saved:
+            vectors: npt.NDArray[np.float32] = saved["vectors"][saved["users"] == user]
+        return vectors[0] if len(vectors) else None
+
     def note_cost(self, line: str) -> None:
         """Append a line to the client's own record of costs."""
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)

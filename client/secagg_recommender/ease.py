@@ -8,7 +8,7 @@ encrypted sum is exact, and so is the model: bit for bit the one from all data i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt, sqrt
 from typing import Any, Final
@@ -27,6 +27,7 @@ __all__ = [
     "Ease",
     "EaseLearner",
     "ease_segment",
+    "ease_segment_for",
     "ease_weights",
     "gram_from_triangle",
     "gram_triangle",
@@ -61,8 +62,23 @@ def ease_segment(n_items: int, *, users: int, interactions: int) -> IntegerSegme
         users: that a client has at the most.
         interactions: that they have together at the most, each item of a user once.
     """
-    norm = (interactions + users / 2) / sqrt(2)
-    return IntegerSegment(GRAM, triangle_size(n_items), users, norm)
+    size = triangle_size(n_items)
+    norm = min((interactions + users / 2) / sqrt(2), users * sqrt(size))
+    return IntegerSegment(GRAM, size, users, max(norm, 1.0))
+
+
+def ease_segment_for(split: Split, parts: Sequence[npt.NDArray[np.integer]]) -> IntegerSegment:
+    """The same for clients whose data is at hand, in a demo or a measurement.
+
+    Args:
+        parts: the users of each client.
+    """
+    counts = np.bincount(split.train_users, minlength=split.n_users)
+    return ease_segment(
+        split.n_items,
+        users=max(part.size for part in parts),
+        interactions=max(int(counts[part].sum()) for part in parts),
+    )
 
 
 def gram_triangle(histories: Iterable[npt.ArrayLike], n_items: int) -> npt.NDArray[np.int64]:

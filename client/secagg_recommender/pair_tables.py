@@ -112,6 +112,11 @@ class PairTable:
         return cls(n_items, max(cells, (n_items**2 >> (WORD_BITS - _CHECK_BITS)) + 1))
 
     @property
+    def parts(self) -> int:
+        """Cells that each pair lies in."""
+        return _PARTS
+
+    @property
     def size(self) -> int:
         """Integers in each of the two vectors, of counts and of words."""
         return _PARTS * self.cells

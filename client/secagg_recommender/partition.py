@@ -245,7 +245,8 @@ def favourite_labels(
     totals = counts.sum(axis=1, keepdims=True)
     expected = totals * counts.sum(axis=0) / max(totals.sum(), 1)
     surprise = (counts - expected) / np.sqrt(expected + 1)
-    return np.asarray(wanted, dtype=np.int64)[np.argmax(surprise, axis=1)]
+    favourites: npt.NDArray[np.int64] = np.argmax(surprise, axis=1)
+    return np.asarray(wanted, dtype=np.int64)[favourites]
 
 
 def popularity_skew(split: Split, parts: Sequence[npt.NDArray[np.int64]]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "popularity",
     "transition_counts",
     "transition_segments",
+    "transition_segments_for",
 ]
 
 COUNTS: Final = "pairs.counts"
@@ -97,22 +99,47 @@ def popularity(histories: Iterable[npt.ArrayLike], n_items: int) -> _Ints:
 
 
 def transition_segments(
-    n_items: int, *, pairs: int, most: int, norm: float, users: int
+    n_items: int, *, pairs: int, most: int, total: int, users: int
 ) -> tuple[IntegerSegment, ...]:
     """What a task of transitions sums.
 
+    A norm check holds the table to what so many counts can have at the most; the popularity, which
+    only orders what has equal votes, it does not look at.
+
     Args:
         pairs: distinct pairs that all clients together may have; see `PairTable`.
-        most: largest count that a client may have in one cell of the table.
-        norm: largest L2 norm of a client's counts in the table. A norm check holds it to that; the
-            popularity it does not look at, which only orders what has equal votes.
+        most: largest count that a client may have in one cell of the table: 20 to 35 for a silo of
+            220 shoppers.
+        total: largest sum of a client's counts.
         users: most users of one client, who each count once in the popularity of an item.
     """
-    size = PairTable.for_pairs(n_items, pairs).size
+    table = PairTable.for_pairs(n_items, pairs)
+    # Of numbers from 0 to m with the sum s, squares add up to m s at the most.
+    norm = max(min(sqrt(most * table.parts * total), most * sqrt(table.size)), 1.0)
     return (
-        IntegerSegment(COUNTS, size, most, norm),
-        IntegerSegment(WORDS, size, most << WORD_BITS, norm * (1 << WORD_BITS)),
+        IntegerSegment(COUNTS, table.size, most, norm),
+        IntegerSegment(WORDS, table.size, most << WORD_BITS, norm * (1 << WORD_BITS)),
         IntegerSegment(POPULARITY, n_items, users),
+    )
+
+
+def transition_segments_for(
+    split: Split, parts: Sequence[npt.NDArray[np.integer]]
+) -> tuple[IntegerSegment, ...]:
+    """The same for clients whose data is at hand, in a demo or a measurement.
+
+    Args:
+        parts: the users of each client.
+    """
+    counts = [transition_counts(histories_of(split, part), split.n_items) for part in parts]
+    pairs = sum(each.keys.size for each in counts)
+    table = PairTable.for_pairs(split.n_items, pairs)
+    return transition_segments(
+        split.n_items,
+        pairs=pairs,
+        most=max(1, *(int(table.encode(each)[0].max()) for each in counts)),
+        total=max(1, *(int(each.counts.sum()) for each in counts)),
+        users=max(part.size for part in parts),
     )
 
 

@@ -3,8 +3,8 @@
 Collect until the deadline or until enough have come, let the key holder judge, fix the manifest,
 add exactly the ciphertexts on it, have the sum opened, apply it. A client that drops out, is late
 or is refused changes nothing but the cohort; too small a cohort aborts the attempt with the reason.
-A task with a privacy budget ends early where that has no room for another release, and one with stop
-criteria where they are met.
+A task with a privacy budget ends early where that has no room for another release, and one with
+stop criteria where they are met.
 Memory is that of one chunk of the model, whatever the number of clients.
 
 Whatever state a crash leaves an attempt in, the next start goes on from there: every step gives

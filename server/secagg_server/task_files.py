@@ -58,12 +58,14 @@ class _Compression(_Section):
     fraction: float | None = None
 
     def compression(self) -> Compression:
-        if (self.rank is None) == (self.fraction is None):
-            raise ConfigurationError(
-                "expected either a rank or a fraction in [update.compression]; got "
-                f"rank={self.rank}, fraction={self.fraction}; give one of the two"
-            )
-        return RandomSubset(self.fraction) if self.rank is None else LowRank(self.rank)
+        if self.rank is not None and self.fraction is None:
+            return LowRank(self.rank)
+        if self.fraction is not None and self.rank is None:
+            return RandomSubset(self.fraction)
+        raise ConfigurationError(
+            "expected either a rank or a fraction in [update.compression]; got "
+            f"rank={self.rank}, fraction={self.fraction}; give one of the two"
+        )
 
 
 class _Update(_Section):
@@ -181,8 +183,9 @@ class _Stop(_Section):
     most_users: int | None = None
 
     def stop(self) -> Stop:
-        figure = _USUAL_FIGURE if self.figure is None and self.most_users else self.figure
-        return Stop(self.patience, self.least_change, figure or "", self.least_gain)
+        usual = "" if self.most_users is None else _USUAL_FIGURE
+        figure = usual if self.figure is None else self.figure
+        return Stop(self.patience, self.least_change, figure, self.least_gain)
 
     def segment(self) -> IntegerSegment | None:
         """What the figure is made of, in a file that does not have it among its integers."""

@@ -61,7 +61,7 @@ from secagg_client.participate import (
     _rounding,
     participate,
 )
-from secagg_client.prepare import prepare
+from secagg_client.prepare import Wishes, prepare
 from secagg_client.repeatable import repeatable_rounding
 from secagg_client.serve import recommend_for
 from secagg_client.session import ClientSession, Cost
@@ -285,7 +285,7 @@ class _Bent(AggregationService):
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Site]:
     """All services of a federation, with a recommender's task of one round and a norm check."""
-    prepare(_settings(tmp_path), tmp_path / "work", rounds=1)
+    prepare(_settings(tmp_path), tmp_path / "work", Wishes(rounds=1))
     federation = new_federation(tmp_path / "federation")
     with (
         loop_thread() as thread,
@@ -482,7 +482,7 @@ def test_a_kit_that_cannot_be_used_is_told_before_anything_is_made(
 
 
 def test_prepared_task_is_one_that_the_server_accepts(tmp_path: Path) -> None:
-    prepare(_settings(tmp_path), tmp_path / "work", rounds=7)
+    prepare(_settings(tmp_path), tmp_path / "work", Wishes(rounds=7))
     spec = read_task(tmp_path / "work" / "task.toml")
     assert (spec.rounds, spec.plan.max_clients) == (7, 3)
     assert spec.model is not None
@@ -490,7 +490,7 @@ def test_prepared_task_is_one_that_the_server_accepts(tmp_path: Path) -> None:
     with np.load(tmp_path / "work" / "initial.npz") as initial:
         assert {name: initial[name].shape for name in initial.files} == {
             t.name: t.shape for t in spec.model.tensors
-        }
+        } | {"item_labels": (ITEMS,)}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secagg_recommender.catalogue import Catalogue, load_catalogue
@@ -369,6 +369,7 @@ LINES = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(LINES)
 def test_every_row_is_kept_or_dropped_with_a_reason(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]

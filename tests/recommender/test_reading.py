@@ -177,13 +177,16 @@ def test_a_file_without_rows_is_refused() -> None:
 
 
 def test_text_ids_come_in_alphabetical_order_and_unused_ones_are_left_out() -> None:
-    events = (np.array([0, 2, 2]), np.array([1, 1, 0]), np.array([5, 6, 7]))
-    made = interactions_of("x", ["zoe", "nobody", "al"], ["b", "a", "c"], events, {"a": "Lamp"})
-    assert made.user_labels == ("al", "zoe")
-    assert made.item_labels == ("a", "b")
-    assert made.item_titles == ("Lamp", "Item b")
-    assert made.users.tolist() == [0, 0, 1]
-    assert made.items.tolist() == [0, 1, 0]
+    # Four in a ring, so that a permutation and its inverse differ.
+    users, items = ["b", "nobody", "c", "d", "a"], ["y", "z", "w", "nothing", "x"]
+    events = (np.array([0, 2, 3, 4, 4]), np.array([0, 1, 2, 4, 0]), np.array([5, 6, 7, 9, 8]))
+    made = interactions_of("x", users, items, events, {"w": "Lamp", "z": ""})
+    assert made.user_labels == ("a", "b", "c", "d")
+    assert made.item_labels == ("w", "x", "y", "z")
+    assert made.item_titles == ("Lamp", "Item x", "Item y", "Item z")
+    pairs = zip(made.users, made.items, strict=True)
+    bought = [(made.user_labels[u], made.item_labels[i]) for u, i in pairs]
+    assert bought == [("a", "y"), ("a", "x"), ("b", "y"), ("c", "z"), ("d", "w")]
 
 
 # --- attributes ---------------------------------------------------------------------------------

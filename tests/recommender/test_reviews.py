@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secagg_recommender.interactions import DataError
@@ -354,6 +354,7 @@ LINES = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(LINES, LINES, st.integers(1, 2))
 def test_every_line_is_kept_or_dropped_with_a_reason(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], products: list[bytes], core: int

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secagg_recommender.interactions import DataError
@@ -180,6 +180,7 @@ DIRTY = st.one_of(
 )
 
 
+@settings(max_examples=50)
 @given(st.lists(DIRTY, max_size=12))
 def test_every_line_is_kept_or_dropped_with_a_reason(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
@@ -194,6 +195,7 @@ def test_every_line_is_kept_or_dropped_with_a_reason(
     assert items.kept == loaded.interactions.users.size
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.text("0123456789x", max_size=3), st.lists(st.integers(-1, 5)) | st.none())
 )

@@ -88,6 +88,9 @@ def test_price_shoppers_keep_to_their_own_budget() -> None:
         for bought in [bought_by(SHOPPERS, kind)]
     }
     assert spread["price"] < 0.7 * min(spread[kind] for kind in KINDS if kind != "price")
+    bought = bought_by(SHOPPERS, "price")
+    budgets = np.log(bought.price).groupby(bought.user).mean()
+    assert budgets.std() > 0.5 * np.log(CATALOGUE.frame.price).std()
 
 
 def test_attributes_belong_to_the_items_of_the_interactions() -> None:

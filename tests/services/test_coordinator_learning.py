@@ -17,7 +17,7 @@ from servers import DEADLINE_S, START, Killed, Server, dies_at, running, scenari
 
 from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
-from secagg.optimisers import LEARNING_RATES, Optimiser
+from secagg.optimisers import Optimiser
 from secagg.parameters import (
     Compression,
     FloatSegment,
@@ -193,6 +193,7 @@ async def test_averaging_keeps_no_state(folder: Path) -> None:
         assert states(server) == {"0.f32", "1.f32"}
 
 
+@pytest.mark.slow
 @scenario
 async def test_a_direction_check_sees_compressed_updates_where_they_are(folder: Path) -> None:
     """Clients that push on are let through, whichever coordinates a round looks at."""

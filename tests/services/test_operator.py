@@ -31,6 +31,7 @@ from secagg.errors import (
     MalformedError,
     PlanError,
 )
+from secagg.optimisers import Optimiser
 from secagg.parameters import MIN_COHORT, FloatSegment, Privacy
 from secagg.planner import make_plan
 from secagg.privacy import release_rho
@@ -48,6 +49,7 @@ from secagg_server.operator import Operator
 from secagg_server.rounds import OpenRounds
 from secagg_server.services import AggregationService, OperatorService
 from secagg_server.states import RoundState, TaskState
+from secagg_server.stopping import Stop
 from secagg_server.store import Store
 from secagg_server.tasks import AdaptiveClip, TaskSpec
 from secagg_server.verdicts import VerdictDesk
@@ -525,7 +527,53 @@ def test_an_adaptive_clip_norm_out_of_its_range_is_refused(
     assert office.operator.tasks() == []
 
 
-def finish(office: Office, number: int, *, rho: float = 0.0, clip: float | None = None) -> None:
+def learning() -> TaskSpec:
+    """With an optimiser, and criteria that any round can meet."""
+    return replace(task(), optimiser=Optimiser("adam", 0.05), stop=Stop(2, least_change=0.01))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "kind"),
+    [
+        ("optimiser", "name", 0, MalformedError),
+        ("optimiser", "learning_rate", float("inf"), ConfigurationError),
+        ("optimiser", "tau", -1.0, ConfigurationError),
+        ("stop", "patience", 0, ConfigurationError),
+        ("stop", "least_change", float("nan"), ConfigurationError),
+        ("stop", "figure", "update", ConfigurationError),
+    ],
+)
+def test_an_optimiser_or_criteria_out_of_range_are_refused(
+    part: str, name: str, value: float | str, kind: type[Exception], office: Office
+) -> None:
+    message = learning().to_wire()
+    setattr(getattr(message, part), name, value)
+    with pytest.raises(kind):
+        office.create([pb.CreateTaskRequest(spec=message)])
+    assert office.operator.tasks() == []
+
+
+def test_how_a_model_learns_is_shown_with_each_round(office: Office) -> None:
+    office.store.create_task(learning(), bytes(32))
+    finish(office, 1)
+    finish(office, 2, figure=0.25, change=0.5)
+    answer = office.operator.task("task")
+    assert TaskSpec.from_wire(answer.task.spec) == learning()
+    first_round, second = answer.rounds
+    assert not first_round.HasField("figure")
+    assert not first_round.HasField("change")
+    assert (second.figure, second.change) == (0.25, 0.5)
+
+
+def finish(
+    office: Office,
+    number: int,
+    *,
+    rho: float = 0.0,
+    clip: float | None = None,
+    figure: float | None = None,
+    change: float | None = None,
+) -> None:
     """A round that is done, as the coordinator records it."""
     row = office.store.create_round("task", number)
     office.store.open_round(
@@ -542,6 +590,8 @@ def finish(office: Office, number: int, *, rho: float = 0.0, clip: float | None 
         has_model=True,
         rho=rho,
         clip=clip,
+        figure=figure,
+        change=change,
     )
 
 

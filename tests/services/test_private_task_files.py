@@ -424,7 +424,13 @@ def test_a_plan_without_another_clip_norm_is_the_tasks_own() -> None:
 
 # --- the sample ---------------------------------------------------------------------------------
 
-SECTIONS = [task_files._Privacy, task_files._Threshold, task_files._AdaptiveClip]
+SECTIONS = [
+    task_files._Privacy,
+    task_files._Threshold,
+    task_files._AdaptiveClip,
+    task_files._Optimiser,
+    task_files._Stop,
+]
 
 
 def uncommented() -> str:
@@ -432,7 +438,7 @@ def uncommented() -> str:
     text = SAMPLE.read_text(encoding="utf-8")
     text = re.sub(r"^# (?=\[?[a-z_.]+(\]| = ))", "", text, flags=re.MULTILINE)
     # What does not go together with privacy.
-    text = re.sub(r"^(weight_cap|min_cosine) = .*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(weight_cap|min_cosine|fraction) = .*$", "", text, flags=re.MULTILINE)
     text = text.replace("margin = 0.2", "margin = 0.3")
     text = text.replace('weighting = "samples"', 'weighting = "equal"')
     return text.replace("honest_clients = 2", "honest_clients = 0").replace("bits = 8", "bits = 12")
@@ -441,7 +447,8 @@ def uncommented() -> str:
 def test_the_sample_mentions_every_key_and_all_of_it_works(tmp_path: Path) -> None:
     text = uncommented()
     shown = tomllib.loads(text)
-    given_keys = [shown["privacy"], shown["threshold"], shown["update"]["adaptive_clip"]]
+    given_keys = [shown[name] for name in ("privacy", "threshold", "optimiser", "stop")]
+    given_keys.insert(2, shown["update"]["adaptive_clip"])
     for section, keys in zip(SECTIONS, given_keys, strict=True):
         assert set(section.model_fields) == set(keys)
     file = tmp_path / "task.toml"
@@ -450,18 +457,14 @@ def test_the_sample_mentions_every_key_and_all_of_it_works(tmp_path: Path) -> No
     assert spec.plan.threshold is not None
     assert spec.plan.privacy is not None
     assert spec.adaptive_clip == AdaptiveClip()
+    assert spec.stop is not None
     assert spec.check_budget() is not None
 
 
 def test_defaults_that_files_and_library_share_are_the_same() -> None:
     fields = Privacy.__dataclass_fields__
-    assert (
-        task_files._Privacy.model_fields["integer_share"].default == fields["integer_share"].default
-    )
-    assert (
-        task_files._Privacy.model_fields["honest_clients"].default
-        == fields["honest_clients"].default
-    )
+    for name in ("integer_share", "honest_clients"):
+        assert task_files._Privacy.model_fields[name].default == fields[name].default
     text = SAMPLE.read_text(encoding="utf-8")
     for name, default in [("integer_share", "0.1"), ("quantile", "0.5"), ("rate", "0.2")]:
         assert re.search(rf"^# {name} = {default} .*# optional, default {default}\b", text, re.M)

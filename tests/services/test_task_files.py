@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from secagg.errors import ConfigurationError, PlanError
-from secagg.parameters import IntegerSegment, NormCheck
+from secagg.optimisers import Optimiser
+from secagg.parameters import (
+    Compression,
+    IntegerSegment,
+    LowRank,
+    NormCheck,
+    RandomSubset,
+)
+from secagg_server.stopping import Stop
 from secagg_server.task_files import _NormCheck, read_task
 from secagg_server.tasks import TaskSpec
 
@@ -126,3 +134,157 @@ def test_the_sample_shows_every_key_of_the_check_with_its_default() -> None:
             default = str(field.default).lower()
             assert re.search(rf"^{name} = .*# optional, default {default}\b", text, re.MULTILINE)
     assert read_task(SAMPLE).plan.norm_check == NormCheck()
+
+
+# --- optimisers, compression, stop criteria -----------------------------------------------------
+
+MODEL = """
+task_id = "task"
+max_clients = 6
+[update]
+clip = 1.0
+[[update.tensors]]
+name = "table"
+shape = [100, 16]
+{}
+"""
+
+# A segment of integers, and what a section says of it.
+INTEGERS = '[[integers]]\nname = "{}"\nsize = {}\nmax_abs = 9'
+
+
+@pytest.mark.parametrize(
+    ("text", "optimiser"),
+    [
+        ("", Optimiser()),
+        ("[optimiser]", Optimiser()),
+        ('[optimiser]\nname = "momentum"', Optimiser("momentum", 1.0)),
+        ('[optimiser]\nname = "adam"', Optimiser("adam", 0.1)),
+        (
+            '[optimiser]\nname = "yogi"\nlearning_rate = 0.3\nbeta1 = 0\nbeta2 = 0.5\ntau = 1e-4',
+            Optimiser("yogi", 0.3, 0.0, 0.5, 1e-4),
+        ),
+    ],
+)
+def test_a_task_file_names_the_optimiser_and_averages_otherwise(
+    text: str, optimiser: Optimiser, tmp_path: Path
+) -> None:
+    spec = read(tmp_path, text, MODEL)
+    assert spec.optimiser == optimiser
+    assert TaskSpec.from_wire(spec.to_wire()) == spec
+    assert spec.to_wire().HasField("optimiser") == (optimiser != Optimiser())
+
+
+@pytest.mark.parametrize(
+    ("text", "compression", "carried"),
+    [
+        ("", None, 1600),
+        ("[update.compression]\nrank = 4", LowRank(4), 400),
+        ("[update.compression]\nfraction = 0.1", RandomSubset(0.1), 160),
+    ],
+)
+def test_a_task_file_says_how_an_update_travels(
+    text: str, compression: Compression | None, carried: int, tmp_path: Path
+) -> None:
+    spec = read(tmp_path, text, MODEL)
+    assert spec.model is not None
+    assert (spec.model.compression, spec.model.carried) == (compression, carried)
+    assert spec.model_bytes == 4 * 1600
+    assert TaskSpec.from_wire(spec.to_wire()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "names"),
+    [
+        ("", None, ["update"]),
+        ("[stop]\npatience = 3\nleast_change = 0.01", Stop(3, 0.01), ["update"]),
+        (
+            "[stop]\npatience = 3\nmost_users = 100",
+            Stop(3, figure="validation"),
+            ["update", "validation"],
+        ),
+        (
+            '[stop]\npatience = 3\nfigure = "hits"\nmost_users = 9\nleast_gain = 0.01',
+            Stop(3, 0.0, "hits", 0.01),
+            ["update", "hits"],
+        ),
+        (
+            '[stop]\npatience = 3\nfigure = "n"\n' + INTEGERS.format("n", 2),
+            Stop(3, figure="n"),
+            ["update", "n"],
+        ),
+    ],
+)
+def test_a_task_file_says_when_to_stop_and_makes_what_it_takes(
+    text: str, stop: Stop | None, names: list[str], tmp_path: Path
+) -> None:
+    spec = read(tmp_path, text, MODEL)
+    assert spec.stop == stop
+    assert [segment.name for segment in spec.plan.segments] == names
+    assert TaskSpec.from_wire(spec.to_wire()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[optimiser]\nname = "sgd"', "expected an optimiser in"),
+        ("[optimiser]\nlearning_rate = 0", "learning_rate above 0"),
+        ('[optimiser]\nname = "adam"\nbeta2 = 1', "beta1 and beta2"),
+        ("[optimiser]\nrate = 1", "unknown key"),
+        ("[update.compression]", "either a rank or a fraction"),
+        ("[update.compression]\nrank = 1\nfraction = 0.5", "either a rank or a fraction"),
+        ("[update.compression]\nrank = 0", "rank of 1"),
+        ("[update.compression]\nfraction = 1.5", "between 0 and 1"),
+        ('[update.compression]\nkind = "low-rank"', "unknown key"),
+        ("[stop]", "patience"),
+        ("[stop]\npatience = 2", "something to stop by"),
+        ("[stop]\npatience = 0\nleast_change = 0.1", "patience of 1"),
+        ('[stop]\npatience = 2\nfigure = "f"', "segment of two integers 'f'"),
+        ('[stop]\npatience = 2\nfigure = "update"', "segment of two integers 'update'"),
+        (
+            '[stop]\npatience = 2\nfigure = "f"\n' + INTEGERS.format("f", 3),
+            "segment of two integers",
+        ),
+        (
+            "[stop]\npatience = 2\nmost_users = 5\n" + INTEGERS.format("validation", 2),
+            "got both",
+        ),
+        ("[stop]\npatience = 2\nmost_users = 0", "size and max_abs of 1"),
+    ],
+)
+def test_what_cannot_be_learned_by_is_refused_by_its_name(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        read(tmp_path, text, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[optimiser]\nname = "adam"', "expected a model for the optimiser"),
+        ("[stop]\npatience = 2\nleast_change = 0.1", "whose change least_change is about"),
+    ],
+)
+def test_a_task_without_a_model_has_nothing_to_optimise(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        read(tmp_path, text, COUNTS)
+
+
+def test_counts_that_are_withheld_are_no_figure(tmp_path: Path) -> None:
+    text = """rows = 2
+bits = 13
+[[update.tensors]]
+name = "vector"
+shape = [2, 3]
+[threshold]
+least = 3
+[stop]
+patience = 2
+figure = "contributors"
+"""
+    task = 'task_id = "task"\nmax_clients = 6\n[update]\nclip = 1.0\n{}'
+    with pytest.raises(ConfigurationError, match="a figure that is released"):
+        read(tmp_path, text, task)

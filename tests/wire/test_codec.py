@@ -7,6 +7,7 @@ import hashlib
 import math
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import cohort
 import numpy as np
@@ -15,13 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secagg.context import ContextId
-from secagg.errors import ContextError, MalformedError, PlanError
+from secagg.errors import ConfigurationError, ContextError, MalformedError, PlanError
+from secagg.optimisers import LEARNING_RATES, Optimiser
 from secagg.parameters import (
+    Compression,
     FloatSegment,
     IntegerSegment,
+    LowRank,
     NormCheck,
     Plan,
     Privacy,
+    RandomSubset,
     RowThreshold,
     TensorSpec,
 )
@@ -168,6 +173,53 @@ def test_rows_a_clip_bit_and_a_threshold_come_back() -> None:
     back = codec.plan_from_wire(codec.plan_to_wire(plan))
     assert back == plan
     assert back.digest == plan.digest
+
+
+@pytest.mark.parametrize("compression", [LowRank(2), RandomSubset(0.3), None])
+def test_compression_comes_back_and_is_part_of_the_digest(
+    compression: Compression | None,
+) -> None:
+    tensors = (TensorSpec("w", (30, 3)),)
+    segment = FloatSegment("t", tensors, 1.0, compression=compression)
+    plan = make_plan([segment], max_clients=9)
+    back = codec.plan_from_wire(codec.plan_to_wire(plan))
+    assert back == plan
+    assert back.digest == plan.digest
+    others = [c for c in (LowRank(2), RandomSubset(0.3), None) if c != compression]
+    for other in others:
+        digest = make_plan([replace(segment, compression=other)], max_clients=9).digest
+        assert digest != plan.digest
+
+
+OPTIMISERS = [Optimiser(name) for name in LEARNING_RATES]
+
+
+@pytest.mark.parametrize("optimiser", [*OPTIMISERS, Optimiser("adam", 0.3, 0.8, 0.95, 1e-4)])
+def test_an_optimiser_comes_back(optimiser: Optimiser) -> None:
+    message = codec.optimiser_to_wire(optimiser)
+    again = codec.parse(type(message), message.SerializeToString())
+    assert codec.optimiser_from_wire(again) == optimiser
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("name", 0, MalformedError),
+        ("name", 77, MalformedError),
+        ("learning_rate", 0.0, ConfigurationError),
+        ("learning_rate", float("nan"), ConfigurationError),
+        ("beta1", 1.0, ConfigurationError),
+        ("beta2", -1.0, ConfigurationError),
+        ("tau", 0.0, ConfigurationError),
+    ],
+)
+def test_an_optimiser_out_of_its_range_is_refused(
+    name: str, value: float, kind: type[Exception]
+) -> None:
+    message = codec.optimiser_to_wire(Optimiser("adam"))
+    setattr(message, name, value)
+    with pytest.raises(kind, match="optimiser" if name == "name" else name):
+        codec.optimiser_from_wire(message)
 
 
 @given(TENSORS)
@@ -461,6 +513,31 @@ BAD_PLANS: dict[str, tuple[Callable[[plan_pb2.Plan], object], type[Exception], s
         ),
         PlanError,
         "equal weights",
+    ),
+    "a rank of zero": (lambda m: setattr(floats(m).low_rank, "rank", 0), PlanError, "rank of 1"),
+    "a low rank that says none": (lambda m: floats(m).low_rank.SetInParent(), PlanError, "rank"),
+    "a subset of nothing": (
+        lambda m: setattr(floats(m).random_subset, "fraction", 0.0),
+        PlanError,
+        "between 0 and 1",
+    ),
+    "a subset of everything": (
+        lambda m: setattr(floats(m).random_subset, "fraction", 1.0),
+        PlanError,
+        "between 0 and 1",
+    ),
+    "a subset of NaN": (
+        lambda m: setattr(floats(m).random_subset, "fraction", float("nan")),
+        PlanError,
+        "between 0 and 1",
+    ),
+    "a model of which next to nothing travels": (
+        lambda m: (
+            shape(m, *[(1 << 64) - 1] * 8),
+            setattr(floats(m).random_subset, "fraction", 1e-160),
+        ),
+        PlanError,
+        "however few of them travel",
     ),
     "rows that no tensor has": (lambda m: setattr(floats(m), "rows", 1 << 62), PlanError, "rows"),
     "a clip bit beside a weight": (

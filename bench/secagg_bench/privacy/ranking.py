@@ -28,11 +28,6 @@ _STUDENT: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.26
 class UserEvaluator(Evaluator):
     """Metrics of every user that has a test item, instead of their means."""
 
-    @property
-    def users(self) -> NDArray[np.int64]:
-        """Who they are, in the order of what `by_user` returns."""
-        return self._users
-
     def by_user(self, scores: ScoresFn) -> NDArray[np.float64]:
         """Float64 of shape (metrics, users).
 

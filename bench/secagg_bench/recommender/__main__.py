@@ -90,11 +90,10 @@ def _measured(found: dict[str, Any], data_dir: Path | None, *, toy: bool) -> Ite
             trial = small(trial)
             found["encrypted"][label] = _compared(trial, world(trial.dataset, False))
             yield
-    for section in sections.sections(found["trials"], toy=toy):
-        rows = section.rows.values()
-        for trial, where in missing([replace(t, seed=s) for s in sections.SEEDS for t in rows]):
-            found["trials"][trial.key] = run(trial, where)
-            yield
+    rows = [t for s in sections.sections(found["trials"], toy=toy) for t in s.rows.values()]
+    for trial, where in missing([replace(t, seed=seed) for seed in sections.SEEDS for t in rows]):
+        found["trials"][trial.key] = run(trial, where)
+        yield
 
 
 def _compared(trial: Trial, world: World) -> dict[str, Any]:

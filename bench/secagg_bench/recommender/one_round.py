@@ -120,8 +120,8 @@ def _ease_tables(ease: Results) -> Iterable[dict[str, Any]]:
         ],
         "note": "Identical: the SHA-256 of the opened sum is that of the Gram matrix of all data "
         "in one place. Held back: without each user's latest training item, as in published "
-        "figures. λ = 300. Server: add and, with a norm check, sketch; key holder: open, and judge every "
-        "client. Seconds of the processor, medians over clients.",
+        "figures. λ = 300. Server: add and, with a norm check, sketch; key holder: open, and "
+        "judge every client. Seconds of the processor, medians over clients.",
     }
 
 

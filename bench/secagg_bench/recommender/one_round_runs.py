@@ -23,7 +23,7 @@ from secagg.planner import make_plan
 from secagg.release import Release, sums_sha256
 from secagg_bench.recommender.encrypted_round import Contribution, encrypted_round
 from secagg_recommender.datasets import load_dataset
-from secagg_recommender.ease import GRAM, Ease, EaseLearner, ease_segment, gram_triangle
+from secagg_recommender.ease import GRAM, Ease, EaseLearner, ease_segment_for, gram_triangle
 from secagg_recommender.evaluation import Evaluator, Metrics
 from secagg_recommender.histories import HistoryModel, histories_of, scores_on
 from secagg_recommender.interactions import Split, split_leave_one_out
@@ -38,7 +38,7 @@ from secagg_recommender.transitions import (
     pairs_from_sums,
     popularity,
     transition_counts,
-    transition_segments,
+    transition_segments_for,
 )
 
 __all__ = [
@@ -66,19 +66,16 @@ class Sizes:
     Attributes:
         ease_clients: numbers of clients of EASE; as many as users makes each of them one.
         transition_clients: silos of the transitions.
-        pairs: distinct pairs that their table has room for.
-        most, norm: largest count of a silo in a cell of it, and norm of all its counts.
+        most: largest count of a silo in a cell of the dense table.
         dense_blocks: rounds that a dense table takes, each for a share of its rows.
         dense_measured: how many of these are run.
     """
 
     ease_clients: tuple[int, ...] = (8, 943)
     transition_clients: int = 100
-    pairs: int = 720_000
     most: int = 63
-    norm: float = 1500.0
     dense_blocks: int = 16
-    dense_measured: int = 16
+    dense_measured: int = 2
 
 
 def held_back(split: Split) -> Split:
@@ -117,15 +114,6 @@ def _plan(segments: tuple[Segment, ...], clients: int, *, checked: bool) -> Plan
     return make_plan(segments, max_clients=clients, norm_check=NormCheck())
 
 
-def _sizes_of(split: Split, parts: Parts) -> dict[str, int]:
-    """What the largest client has: users and interactions."""
-    counts = np.bincount(split.train_users, minlength=split.n_users)
-    return {
-        "users": max(part.size for part in parts),
-        "interactions": max(int(counts[part].sum()) for part in parts),
-    }
-
-
 # --- EASE -----------------------------------------------------------------------------------------
 
 
@@ -144,8 +132,7 @@ def ease_runs(data_dir: Path, sizes: Sizes, on_progress: Progressed) -> dict[str
 
 def ease_plan(split: Split, parts: Parts, *, checked: bool) -> Plan:
     """For clients of these users, with a norm check or without."""
-    segment = ease_segment(split.n_items, **_sizes_of(split, parts))
-    return _plan((segment,), len(parts), checked=checked)
+    return _plan((ease_segment_for(split, parts),), len(parts), checked=checked)
 
 
 def _ease_run(
@@ -204,10 +191,7 @@ def _transition_run(
 ) -> dict[str, Any]:
     clients = sizes.transition_clients
     parts = partition_users(split.n_users, clients, SEED)
-    users = _sizes_of(split, parts)["users"]
-    segments = transition_segments(
-        split.n_items, pairs=sizes.pairs, most=sizes.most, norm=sizes.norm, users=users
-    )
+    segments = transition_segments_for(split, parts)
     plan = _plan(segments, clients, checked=checked)
     learners: list[Learner] = [TransitionsLearner(split, part) for part in parts]
     release, costs = encrypted_round(

@@ -245,6 +245,7 @@ class _Federation:
         (segment,) = self.plan.segments
         assert isinstance(segment, FloatSegment)  # noqa: S101
         self._segment = segment
+        self.parameters = segment.parameters
         self.shared = init_shared(split.n_items, config.dimensions, config.seed)
         self._optimiser = Optimiser(trial.optimiser, trial.server_rate, tau=trial.tau)
         self._state = self._optimiser.initial(segment.parameters)
@@ -349,7 +350,7 @@ def run(trial: Trial, world: World, add: Adder = add_in_the_clear) -> dict[str, 
         return _outcome(_measured(system, trial, world), started)
     federation = _Federation(trial, world, config, add)
     common = {
-        "bytes": federation.plan.payload_bytes if trial.bits else 4 * _floats(federation.plan),
+        "bytes": federation.plan.payload_bytes if trial.bits else 4 * federation.parameters,
         "skew": popularity_skew(world.split, federation.parts),
     }
     try:
@@ -360,10 +361,6 @@ def run(trial: Trial, world: World, add: Adder = add_in_the_clear) -> dict[str, 
         weak = np.isin(world.evaluator.users, federation.weak)
         common |= {"weak": values[-1][0, weak].mean(), "strong": values[-1][0, ~weak].mean()}
     return {**_outcome(values, started), **common, "train_s": median(federation.train_s)}
-
-
-def _floats(plan: Plan) -> int:
-    return sum(tensor.size for tensor in plan.segments[0].tensors)  # type: ignore[union-attr]
 
 
 def _popular(split: Split) -> ScoresFn:
