@@ -113,5 +113,5 @@ def model_from_sums(sums: Path, output: Path, *, ridge: float = RIDGE) -> Histor
             f"expected sums of a segment {GRAM!r} or {COUNTS!r}; {sums} has {sorted(arrays)}; "
             "prepare the task with --model ease or --model transitions"
         )
-    np.savez(output, **model.tensors())
+    np.savez(output, **model.tensors())  # type: ignore[arg-type]  # names are ours
     return model

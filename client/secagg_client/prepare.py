@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from secagg.archive import read_npz
+from secagg.optimisers import Optimiser
 from secagg.parameters import Compression, LowRank, Privacy
 from secagg_client.config import ClientSettings
 from secagg_recommender.datasets import load_dataset
@@ -23,6 +24,7 @@ _CLIP = 40.0
 _WEIGHT_CAP = 20_000
 # Rows that stay apart have to be quantised more finely.
 _BITS, _BITS_OF_ROWS = 8, 13
+_AVERAGE = Optimiser()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Wishes:
         privacy: who adds noise, and what it may cost; None for exact sums. Its noise multiplier is
             left to the server, which finds the smallest that the rounds allow.
         least: clients that must have an item for its row to be released; None releases all.
-        optimiser, learning_rate: of the server; see `secagg.optimisers`. None is the usual rate.
+        optimiser: of the server.
         compression: how updates travel; None in full.
         bits: of a quantised value; None for as many as are usual.
         weight_cap: samples beyond which a silo weighs no more.
@@ -47,8 +49,7 @@ class Wishes:
     rounds: int = 25
     privacy: Privacy | None = None
     least: int | None = None
-    optimiser: str = "average"
-    learning_rate: float | None = None
+    optimiser: Optimiser = _AVERAGE
     compression: Compression | None = None
     bits: int | None = None
     weight_cap: int = _WEIGHT_CAP
@@ -101,10 +102,9 @@ max_clients = {settings.silos}
 rounds = {wishes.rounds}
 """
     yield from _update(interactions.n_items, settings.dimensions, wishes)
-    if wishes.optimiser != "average" or wishes.learning_rate is not None:
-        yield f'\n[optimiser]\nname = "{wishes.optimiser}"\n'
-        if wishes.learning_rate is not None:
-            yield f"learning_rate = {wishes.learning_rate!r}\n"
+    if wishes.optimiser != _AVERAGE:
+        yield f'\n[optimiser]\nname = "{wishes.optimiser.name}"\n'
+        yield f"learning_rate = {wishes.optimiser.rate!r}\n"
     if wishes.patience is not None:
         # The largest silo, wherever the users go.
         yield f"\n[stop]\npatience = {wishes.patience}\nmost_users = {interactions.n_users}\n"

@@ -9,8 +9,8 @@ import typer
 
 from secagg.commands import exits_cleanly, out
 from secagg.errors import ConfigurationError
+from secagg.optimisers import LEARNING_RATES, Optimiser
 from secagg.options import with_settings
-from secagg.optimisers import LEARNING_RATES
 from secagg.parameters import Compression, LowRank, Privacy, RandomSubset
 from secagg_client.config import ClientSettings
 
@@ -108,12 +108,13 @@ def prepare_command(
     """
     from secagg_client.one_round import COUNTED, prepare_counts
 
-    noise = _privacy(privacy, epsilon, delta)
+    noise, server = _privacy(privacy, epsilon, delta), Optimiser(optimiser, server_rate)
     if settings.model in COUNTED:
-        if noise is not None or row_threshold is not None:
+        of_training = (noise, row_threshold, low_rank, subset, bits, patience, pretrained)
+        if server != Optimiser() or any(option is not None for option in of_training):
             raise ConfigurationError(
-                "expected no privacy or row threshold for a model that is counted exactly; leave "
-                "them out, or prepare --model factorisation"
+                "expected no options of training or privacy for a model that is counted exactly; "
+                "leave them out, or prepare --model factorisation"
             )
         out.print(f"wrote {prepare_counts(settings, folder)}", highlight=False)
         return
@@ -129,8 +130,7 @@ def prepare_command(
         rounds=rounds,
         privacy=noise,
         least=row_threshold,
-        optimiser=optimiser,
-        learning_rate=server_rate,
+        optimiser=server,
         compression=_compression(low_rank, subset),
         bits=bits,
         weight_cap=weight_cap,

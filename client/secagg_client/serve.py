@@ -196,7 +196,9 @@ class _ByFactors:
 
     def _vector(self, own: _Ids) -> NDArray[np.float32]:
         trained = None if self.user is None else _private_vector(self.settings, self.user)
-        return fit_user(self.shared, own, train_config(self.settings)) if trained is None else trained
+        return (
+            fit_user(self.shared, own, train_config(self.settings)) if trained is None else trained
+        )
 
     def _index(self) -> ItemIndex:
         bias = self.shared[ITEM_BIAS] if self.start is None else self.start.astype(np.float32)

@@ -106,7 +106,7 @@ def cohort_plan(
             f"expected at least one cohort, item and counted item, got n_cohorts={n_cohorts} "
             f"n_items={n_items} most_items={most_items}; raise it"
         )
-    cells, longest = n_cohorts * (n_items + 1), math.sqrt(most_items + 1)
+    cells, longest = n_cohorts * (n_items + 1), math.sqrt(min(most_items, n_items) + 1)
     bits = 1 + math.ceil(math.log2(longest + 1))
     table = FloatSegment(
         _UPDATE,

@@ -75,9 +75,7 @@ class ServerScores:
         return np.asarray(self.table[bucket])
 
 
-def refine(
-    candidates: Hits, server: npt.NDArray[np.floating], k: int, weight: float = 0.3
-) -> Hits:
+def refine(candidates: Hits, server: npt.NDArray[np.floating], k: int, weight: float = 0.3) -> Hits:
     """The ``k`` best candidates by local and server scores together.
 
     Both are brought to mean 0 and standard deviation 1 over the candidates, because their units have

@@ -36,6 +36,7 @@ _LEAST_WORK_BYTES: Final = 1 << 16
 # The graph looks at so many times the items asked for; more finds more, and takes longer.
 _EXPANSION: Final = 256
 _CONNECTIVITY: Final = 16
+_EXPANSION_ADD: Final = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +157,15 @@ class ExactIndex:
             first += len(part_bias)
         return found
 
+    def lengths(self) -> npt.NDArray[np.float64]:
+        """Length of each item's vector with its bias, ``(n,)``."""
+        blocks = [
+            _lengths(rows, bias)
+            for part, part_bias in self._parts
+            for _, rows, bias in _blocks(part, part_bias, self._free)
+        ]
+        return np.concatenate(blocks)
+
     def vectors_of(self, items: _Ids) -> tuple[_Floats, _Floats]:
         """Vectors and biases of some items: copies."""
         vectors = np.empty((items.size, self.dimensions), np.float32)
@@ -183,17 +193,22 @@ class ExactIndex:
 
 
 class GraphIndex:
-    """Nearest neighbours by HNSW over (vector, bias) and (query, 1), whose inner product is the score.
+    """Nearest neighbours by HNSW, in a space where the nearest item is the one that scores best.
 
-    Malkov and Yashunin 2018, "Efficient and robust approximate nearest neighbor search using
-    hierarchical navigable small world graphs". What the graph finds is scored exactly, so scores and
-    their order are those of :class:`ExactIndex`; an item may be missing.
+    To (vector, bias) a coordinate is added that brings all items to one length, the ``reach``, and
+    to the query a one and a zero: then the largest cosine is the largest score (Bachrach et al.
+    2014, "Speeding Up the Xbox Recommender System Using a Euclidean Transformation for
+    Inner-Product Spaces"). Without it, items that are near nobody are never found. The graph is
+    that of Malkov and Yashunin 2018, "Efficient and robust approximate nearest neighbor search
+    using hierarchical navigable small world graphs". What it finds is scored exactly, so scores and
+    order are those of :class:`ExactIndex`; an item may be missing. New items that are longer than
+    the reach stay out of the graph, and are scored in every search.
 
     Args:
         exact: the items, with what they are scored by.
         expansion: items that a search looks at, at least.
-        graph: a graph that holds these items already; built if None, which takes minutes for a
-            million items on one core.
+        graph: a graph that holds these items already, and its reach; built if None, which takes
+            minutes for a million items on one core.
 
     Raises:
         ConfigurationError: usearch is not installed.
@@ -205,21 +220,24 @@ class GraphIndex:
         exact: ExactIndex,
         *,
         expansion: int = _EXPANSION,
-        graph: Any = None,  # noqa: ANN401
+        graph: tuple[Any, float] | None = None,
     ) -> None:
         """Build the graph, or take one."""
         self.exact = exact
         self._expansion = expansion
-        self.graph = graph if graph is not None else new_graph(exact.dimensions)
+        lengths = exact.lengths()
+        self.graph, self.reach = graph or (new_graph(exact.dimensions), float(lengths.max()))
+        self._beyond = np.flatnonzero(lengths > self.reach)
         if graph is None:
             first = 0
             for rows, bias in exact.parts:
                 self._insert(np.arange(first, first + len(bias)), rows, bias)
                 first += len(bias)
-        elif (len(graph), graph.ndim) != (exact.n_items, exact.dimensions + 1):
+        expected = (exact.n_items - self._beyond.size, exact.dimensions + 2)
+        if (len(self.graph), self.graph.ndim) != expected:
             raise DataError(
-                f"expected a graph of {exact.n_items} items, {exact.dimensions + 1} values each; "
-                f"got {len(graph)} of {graph.ndim}; build the index again"
+                f"expected a graph of {expected[0]} items, {expected[1]} values each; got "
+                f"{len(self.graph)} of {self.graph.ndim}; build the index again"
             )
 
     @property
@@ -240,6 +258,8 @@ class GraphIndex:
         """
         ids = self.exact.add(vectors, bias)
         self._insert(ids, vectors, bias)
+        longer = _lengths(vectors, bias) > self.reach
+        self._beyond = np.concatenate([self._beyond, ids[longer]])
         return ids
 
     def search(
@@ -257,8 +277,9 @@ class GraphIndex:
         if 4 * wanted >= self.n_items:
             return self.exact.search(vector, k, mine)
         self.graph.expansion_search = max(self._expansion, 2 * wanted)
-        found = self.graph.search(np.append(vector, np.float32(1.0)), wanted, threads=1)
-        items = np.setdiff1d(found.keys.astype(np.int64), mine)
+        direction = np.concatenate([vector, np.array([1.0, 0.0], np.float32)])
+        found = self.graph.search(direction, wanted, threads=1).keys.astype(np.int64)
+        items = np.setdiff1d(np.union1d(found, self._beyond), mine)
         scores = _scores(*self.exact.vectors_of(items), vector)
         best = best_of(scores, k)
         return Hits(items[best], scores[best])
@@ -266,8 +287,12 @@ class GraphIndex:
     def _insert(self, ids: _Ids, vectors: _Floats, bias: _Floats) -> None:
         for start in range(0, len(bias), _MOST_BLOCK_ITEMS):
             part = slice(start, start + _MOST_BLOCK_ITEMS)
-            rows = np.column_stack([vectors[part], bias[part]])
-            self.graph.add(ids[part].astype(np.uint64), rows, threads=1)
+            lengths = _lengths(vectors[part], bias[part])
+            inside = lengths <= self.reach
+            missing = np.sqrt(np.maximum(self.reach**2 - lengths**2, 0.0)).astype(np.float32)
+            rows = np.column_stack([vectors[part], bias[part], missing])[inside]
+            if len(rows):
+                self.graph.add(ids[part][inside].astype(np.uint64), rows, threads=1)
 
 
 def new_graph(dimensions: int) -> Any:  # noqa: ANN401 - of a library that is loaded late
@@ -283,7 +308,7 @@ def new_graph(dimensions: int) -> Any:  # noqa: ANN401 - of a library that is lo
             "expected usearch for this index, got no such package; install the extra: "
             "pip install 'secagg[index]', or use the exact index"
         ) from None
-    return usearch.Index(ndim=dimensions + 1, metric="ip", dtype="f32", connectivity=_CONNECTIVITY)
+    return usearch.Index(ndim=dimensions + 2, metric="cos", dtype="f32", connectivity=_CONNECTIVITY)
 
 
 def recall(index: ItemIndex, exact: ItemIndex, queries: npt.NDArray[np.floating], k: int) -> float:
@@ -347,6 +372,12 @@ def check_own(own: Sequence[int] | npt.NDArray[np.integer], n_items: int) -> _Id
             "use ids of the same dataset"
         )
     return items
+
+
+def _lengths(vectors: _Floats, bias: _Floats) -> npt.NDArray[np.float64]:
+    """Length of (vector, bias) of each row."""
+    rows = vectors.astype(np.float64)
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows) + bias.astype(np.float64) ** 2))
 
 
 def _scores(rows: _Floats, bias: _Floats, query: _Floats) -> _Floats:

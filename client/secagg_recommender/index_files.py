@@ -54,7 +54,9 @@ def save_index(index: ExactIndex | GraphIndex, folder: Path) -> None:
     if isinstance(index, GraphIndex):
         index.graph.save(os.fspath(folder / _GRAPH))
     files = {name: _fingerprint(folder / name) for name in [_BIAS, *([graph] if graph else [])]}
-    about = {"format": _FORMAT, "model": exact.digest, "graph": graph, "files": files}
+    about: dict[str, Any] = {"format": _FORMAT, "model": exact.digest, "graph": graph, "files": files}
+    if isinstance(index, GraphIndex):
+        about["reach"] = index.reach.hex()
     (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,8 +81,8 @@ def open_index(
             "it is stale; build it again from the model that is served"
         )
     damaged = f"expected an index as it was written, got a damaged file in {folder}; build it again"
-    for name, fingerprint in about["files"].items():
-        if not (folder / name).is_file() or _fingerprint(folder / name) != fingerprint:
+    for name in [_BIAS, *([_GRAPH] if about["graph"] else [])]:
+        if not (folder / name).is_file() or _fingerprint(folder / name) != about["files"].get(name):
             raise DataError(f"{damaged}: {name}")
     try:
         vectors = np.lib.format.open_memmap(folder / _VECTORS, "r")
@@ -94,7 +96,7 @@ def open_index(
         return exact
     graph = new_graph(exact.dimensions)
     graph.load(os.fspath(folder / _GRAPH))
-    return GraphIndex(exact, graph=graph)
+    return GraphIndex(exact, graph=(graph, float.fromhex(about["reach"])))
 
 
 def _about(folder: Path) -> dict[str, Any]:

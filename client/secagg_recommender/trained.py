@@ -110,13 +110,13 @@ class Trained:
         if self._within is None:
             figure = self._figure(assignment)
             trained = self._silo.train(assignment.model, assignment.number)
-            return Work({UPDATE: trained.update} | figure, trained.samples)
+            return Work({UPDATE: trained.update, **figure}, trained.samples)
         workload = self._within.workload(self._silo, assignment)
         if not workload.takes_part(assignment.number):
             return None
         figure = self._figure(assignment)
         trained = self._silo.train(assignment.model, assignment.number, steps=workload.steps)
-        return Work({UPDATE: trained.update} | figure, _weight(segment, workload, trained))
+        return Work({UPDATE: trained.update, **figure}, _weight(segment, workload, trained))
 
     @property
     def items(self) -> npt.NDArray[np.int64]:

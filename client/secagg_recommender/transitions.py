@@ -250,7 +250,7 @@ class Transitions:
         Raises:
             DataError: an empty history, or items outside the catalogue.
         """
-        votes = self.popularity * _TIE_BREAK
+        votes: npt.NDArray[np.float64] = self.popularity * np.float64(_TIE_BREAK)
         loudness = 1.0
         for item in checked_items(history, self.n_items)[::-1].tolist():
             row = slice(self.starts[item], self.starts[item + 1])
@@ -268,7 +268,8 @@ class Transitions:
         (target,) = checked_items([item], self.n_items)
         rows = [slice(self.starts[each], self.starts[each + 1]) for each in items]
         strengths = [self.strengths[row][self.followers[row] == target].sum() for row in rows]
-        return np.asarray(strengths) * _RECENCY ** np.arange(items.size)[::-1]
+        loudness = np.power(_RECENCY, np.arange(items.size)[::-1])
+        return np.asarray(np.asarray(strengths) * loudness, dtype=np.float64)
 
 
 def pairs_from_sums(sums: Mapping[str, npt.NDArray[np.integer]]) -> PairCounts:
@@ -291,7 +292,8 @@ def _both_ways(pairs: PairCounts, backward: float) -> tuple[_Ints, _Ints, npt.ND
     first, second = np.divmod(pairs.keys, pairs.n_items)
     keys = np.concatenate([pairs.keys, second * pairs.n_items + first])
     keys, place = np.unique(keys, return_inverse=True)
-    strengths = np.bincount(place, weights=np.concatenate([pairs.counts, backward * pairs.counts]))
+    weights = np.concatenate([pairs.counts, backward * pairs.counts])
+    strengths = np.bincount(place, weights=weights).astype(np.float64)
     kept = strengths > 0
     first, second = np.divmod(keys[kept], pairs.n_items)
     return first, second, strengths[kept]

@@ -70,8 +70,8 @@ def _matched(
     if LABELS not in model:
         if found != (len(labels),):
             raise DataError(
-                f"expected a model of this catalogue's {len(labels)} items, as it does not name its "
-                f"own, got rows={found}; take a file with {LABELS!r}, such as prepare writes"
+                f"expected a model of this catalogue's {len(labels)} items, as it does not name "
+                f"its own, got rows={found}; take a file with {LABELS!r}, such as prepare writes"
             )
         every = np.arange(len(labels))
         return every, every

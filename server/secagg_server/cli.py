@@ -192,10 +192,13 @@ def _learning(answer: dict[str, Any]) -> Iterator[str]:
         return
     yield f"stops {spec.stop.described}"
     told = [row for row in answer["rounds"] if "change" in row or "figure" in row]
-    if told and (last := told[-1]):
-        figure = f"{spec.stop.figure} {last['figure']:.4f}, " if "figure" in last else ""
-        change = f"model changed by {last['change']:.4g}" if "change" in last else ""
-        yield f"round {last['round_number']}: {figure}{change}".rstrip(", ")
+    for last in told[-1:]:
+        parts = []
+        if spec.stop.figure and "figure" in last:
+            parts.append(f"{spec.stop.figure} {last['figure']:.4f}")
+        if "change" in last:
+            parts.append(f"model changed by {last['change']:.4g}")
+        yield f"round {last['round_number']}: {', '.join(parts)}"
 
 
 @task_app.command()

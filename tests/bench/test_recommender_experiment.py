@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from secagg.release import Release
 from secagg_bench import baselines
-from secagg_bench.recommender import report, trials
+from secagg_bench.recommender import report, sums
 from secagg_bench.recommender.__main__ import app
 from secagg_bench.recommender.sections import SEEDS, candidates, quick, sections, tuned
-from secagg_bench.recommender.trials import Encrypting, Trial, World, add_in_the_clear, run
+from secagg_bench.recommender.sums import Encrypting, add_in_the_clear
+from secagg_bench.recommender.trials import Trial, World, run
 from secagg_recommender.factorisation import TrainConfig
 
 TOY = quick(Trial())
@@ -80,7 +81,7 @@ def test_another_sum_under_encryption_is_noticed(
         release = add_in_the_clear(*given)
         return replace(release, sums=(release.sums[0] + 1,))
 
-    monkeypatch.setattr(trials, "add_in_the_clear", off_by_one)
+    monkeypatch.setattr(sums, "add_in_the_clear", off_by_one)
     with pytest.raises(RuntimeError, match="round 1"):
         run(TOY, world, Encrypting())
 
@@ -115,7 +116,7 @@ def test_a_run_that_ends_early_says_why(world: World) -> None:
 
 
 def test_error_feedback_keeps_what_a_subset_leaves_out(world: World) -> None:
-    sums = []
+    sizes = []
     for feedback in (False, True):
         seen: list[Any] = []
 
@@ -124,9 +125,9 @@ def test_error_feedback_keeps_what_a_subset_leaves_out(world: World) -> None:
             return add_in_the_clear(plan, number, sent, seed)
 
         run(replace(TOY, subset=0.2, feedback=feedback), world, noting)
-        sums.append(seen)
-    assert sums[0][0] == sums[1][0]
-    assert sums[1][1] > 1.3 * sums[0][1]
+        sizes.append(seen)
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[1][1] > 1.3 * sizes[0][1]
 
 
 # --- choices --------------------------------------------------------------------------------------

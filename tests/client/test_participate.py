@@ -30,6 +30,7 @@ from federations import (
 from serving import loop_thread, quick_retry
 from typer.testing import CliRunner
 
+from secagg.compression import left_over
 from secagg.errors import (
     ClosedError,
     ConfigurationError,
@@ -42,7 +43,16 @@ from secagg.errors import (
     WrongRoleError,
 )
 from secagg.keyholder import KeyHolder
-from secagg.parameters import FloatSegment, IntegerSegment, Privacy, RowThreshold, TensorSpec
+from secagg.optimisers import Optimiser
+from secagg.parameters import (
+    FloatSegment,
+    IntegerSegment,
+    LowRank,
+    Privacy,
+    RandomSubset,
+    RowThreshold,
+    TensorSpec,
+)
 from secagg.planner import make_plan, plan_tensors
 from secagg.quantize import quantize_integers
 from secagg.receipts import SigningKey
@@ -69,8 +79,10 @@ from secagg_client.state_dir import StateDir
 from secagg_recommender.example_privacy import PrivateSilo
 from secagg_recommender.factorisation import init_shared
 from secagg_recommender.interactions import DataError
+from secagg_recommender.learner import Assignment, Work
 from secagg_server.services import AggregationService
 from secagg_server.states import TaskState
+from secagg_server.stopping import Stop
 from secagg_server.task_files import read_task
 
 ITEMS = 300  # of the generated marketplace
@@ -108,6 +120,23 @@ class _Round:
             raise self.refusal
         self.update, self.samples = contributions["update"], samples
         return Cost(0.1, 0.2, 0.3, 28672)
+
+
+def _compressed(number: int, refusal: Exception | None = None) -> Any:  # noqa: ANN401
+    """A round in whose plan an update travels as a fourth of its coordinates."""
+    tensors = (TensorSpec("item_bias", (ITEMS,)), TensorSpec("item_factors", (ITEMS, 4)))
+    update = FloatSegment("update", tensors, 40.0, compression=RandomSubset(0.25))
+    current = _Round(number, refusal)
+    plan = make_plan([update], max_clients=5)
+    current.context = KeyHolder(plan, round_number=number).context
+    return current
+
+
+def _projected(current: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What a round has let through of its update."""
+    (segment,) = current.context.plan.segments
+    left = left_over(segment, current.update, current.context.rotation)
+    return {name: value - left[name] for name, value in current.update.items()}
 
 
 def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
@@ -164,6 +193,137 @@ def test_a_missed_round_leaves_the_private_state_as_it_was(
     assert _device(settings).take_part(_Round(1, refusal)) is None  # type: ignore[arg-type]
     assert StateDir(settings.state_dir).latest_vectors() is None
     assert not (settings.state_dir / "costs.jsonl").exists()
+
+
+def test_what_compression_leaves_out_goes_into_the_next_update(tmp_path: Path) -> None:
+    """And whatever has been let through by then, nothing else is lost."""
+    settings, whole = _settings(tmp_path), _settings(tmp_path, state_dir=tmp_path / "whole")
+    device, other = _device(settings), _device(whole)
+    owed: dict[str, Any] = {}
+    for number in (1, 2, 3):
+        current, plain = _compressed(number), _Round(number)
+        device.take_part(current)
+        other.take_part(plain)  # type: ignore[arg-type]
+        for name, value in plain.update.items():
+            expected = value + owed.get(name, 0.0)
+            np.testing.assert_allclose(current.update[name], expected, atol=1e-6)
+            owed[name] = expected - _projected(current)[name]
+        assert any(np.abs(value).max() > 0 for value in owed.values())
+
+
+def test_another_attempt_starts_from_the_same_left_overs(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    device = _device(settings)
+    device.take_part(_compressed(1))
+    rounds = [_compressed(2) for _ in range(3)]
+    device.take_part(rounds[0])
+    device.take_part(rounds[1])
+    _device(settings).take_part(rounds[2])
+    for name, value in rounds[0].update.items():
+        np.testing.assert_array_equal(value, rounds[1].update[name])
+        np.testing.assert_array_equal(value, rounds[2].update[name])
+
+
+def test_another_attempt_at_the_first_round_starts_from_the_beginning(tmp_path: Path) -> None:
+    device, rounds = _device(_settings(tmp_path)), [_Round(1), _Round(1)]
+    for current in rounds:
+        device.take_part(current)  # type: ignore[arg-type]
+    for name, value in rounds[0].update.items():
+        np.testing.assert_array_equal(value, rounds[1].update[name])
+
+
+def test_what_a_missed_round_left_out_is_forgotten_with_it(tmp_path: Path) -> None:
+    device = _device(_settings(tmp_path))
+    device.take_part(_compressed(1))
+    before = sorted((tmp_path / "s").iterdir())
+    assert [path.name for path in before] == ["left-over-1.npz", "vectors-1.npz"]
+    assert device.take_part(_compressed(2, ClosedError("late"))) is None
+    assert sorted((tmp_path / "s").iterdir()) == before
+
+
+def test_left_overs_go_with_the_vectors_of_their_round(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    for number in (1, 2, 3):
+        state.save(number, b"state", {"tensor": np.full(2, number, np.float32)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "left-over-2.npz", "left-over-3.npz", "vectors-2.npz", "vectors-3.npz",
+    ]  # fmt: skip
+    found, rest = state.before(3)
+    assert found == b"state"
+    np.testing.assert_array_equal(rest["tensor"], [2, 2])
+    # A crash between the two files: the round is none that is remembered.
+    (tmp_path / "vectors-3.npz").unlink()
+    np.testing.assert_array_equal(state.before(4)[1]["tensor"], [2, 2])
+
+
+def test_left_overs_of_another_task_are_refused(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    device, state = _device(settings), StateDir(settings.state_dir)
+    device.take_part(_compressed(1))
+    vectors = state.latest_vectors()
+    assert vectors is not None
+    state.save(1, vectors, {"item_bias": np.zeros(7, np.float32)})
+    with pytest.raises(DataError, match="directory of its own for each task"):
+        device.take_part(_compressed(2))
+    (settings.state_dir / "left-over-1.npz").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="left-over-1"):
+        device.take_part(_compressed(2))
+
+
+class _SitsOut:
+    """A learner without anything to say."""
+
+    items = np.zeros(0, dtype=np.int64)
+
+    def work(self, assignment: Assignment) -> Work | None:
+        self.assignment = assignment
+        return None
+
+    def state(self) -> bytes:
+        return b"state"
+
+    def restore(self, state: bytes) -> None:
+        assert state == b"state"
+
+
+def test_a_device_that_sits_a_round_out_contributes_and_keeps_nothing(tmp_path: Path) -> None:
+    learner = _SitsOut()
+    current = _Round(4, AssertionError("nothing may be sent"))
+    assert Device(learner, StateDir(tmp_path)).take_part(current) is None  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    asked = learner.assignment
+    assert (asked.number, asked.rounds) == (4, 9)
+    assert asked.upload_bytes == current.context.plan.payload_bytes
+    assert list(asked.segments) == ["update"]
+
+
+def test_a_model_that_is_counted_takes_part_like_one_that_is_trained(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, model="ease")
+    triangle = ITEMS * (ITEMS + 1) // 2
+    current = _Round(1)
+    plan = make_plan([IntegerSegment("gram", triangle, 1000)], max_clients=5)
+    current.context = KeyHolder(plan).context
+    sent: dict[str, Any] = {}
+    current.contribute = lambda made, samples: sent.update(made) or Cost(0.0, 0.0, 0.0, 1)  # type: ignore[method-assign,func-returns-value]
+    learner = load_learner(Part.of(settings), ["gram"])
+    assert Device(learner, StateDir(settings.state_dir)).take_part(current) is not None  # type: ignore[arg-type]
+    assert sent.keys() == {"gram"}
+    assert sent["gram"].shape == (triangle,)
+
+
+def test_a_figure_is_told_where_the_plan_asks_for_it(tmp_path: Path) -> None:
+    learner = load_learner(Part.of(_settings(tmp_path)), ["update", "validation"])
+    plain = load_learner(Part.of(_settings(tmp_path)), ["update"])
+    assert learner.items.size <= plain.items.size
+    tensors = (TensorSpec("item_bias", (ITEMS,)), TensorSpec("item_factors", (ITEMS, 4)))
+    segments = {
+        "update": FloatSegment("update", tensors, 1.0),
+        "validation": IntegerSegment("validation", 2, 600),
+    }
+    work = learner.work(Assignment(1, init_shared(ITEMS, 4, 0), segments))
+    assert work is not None
+    hits, users = np.asarray(work.arrays["validation"]).tolist()
+    assert 0 <= hits <= users == 200
 
 
 def test_the_record_of_costs_says_nothing_about_the_data(tmp_path: Path) -> None:
@@ -491,6 +651,66 @@ def test_prepared_task_is_one_that_the_server_accepts(tmp_path: Path) -> None:
         assert {name: initial[name].shape for name in initial.files} == {
             t.name: t.shape for t in spec.model.tensors
         } | {"item_labels": (ITEMS,)}
+
+
+def _prepared(folder: Path, *options: str) -> Result:
+    arguments = ["prepare", str(folder), "--dataset", "marketplace", "--silos", "3"]
+    return CliRunner().invoke(app, [*arguments, "--dimensions", "4", *options])
+
+
+def test_every_option_of_prepare_reaches_the_task(tmp_path: Path) -> None:
+    options = "--rounds 9 --optimiser adam --server-rate 0.05 --low-rank 2 --bits 6 --patience 3"
+    options += " --least-gain 0.01 --least-change 0.001 --weight-cap 99"
+    result = _prepared(tmp_path, *options.split())
+    assert result.exit_code == 0, result.output
+    spec = read_task(tmp_path / "task.toml")
+    assert spec.rounds == 9
+    assert spec.optimiser == Optimiser("adam", 0.05)
+    assert spec.stop == Stop(3, 0.001, "validation", 0.01)
+    assert spec.model is not None
+    assert (spec.model.bits, spec.model.weight_cap) == (6, 99)
+    assert spec.model.compression == LowRank(2)
+    assert _prepared(tmp_path, "--subset", "0.1").exit_code == 0
+    again = read_task(tmp_path / "task.toml")
+    assert again.model is not None
+    assert again.model.compression == RandomSubset(0.1)
+    assert (again.optimiser, again.stop) == (Optimiser(), None)
+
+
+def test_a_task_can_start_from_a_trained_model(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert _prepared(first, "--seed", "1").exit_code == 0
+    result = _prepared(second, "--pretrained", str(first / "initial.npz"))
+    assert result.exit_code == 0, result.output
+    assert "knows 300 of 300 items" in result.stdout
+    with np.load(first / "initial.npz") as one, np.load(second / "initial.npz") as other:
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ("--low-rank 2 --subset 0.5", 78, "either --low-rank or --subset"),
+        ("--subset 1.5", 78, "between 0 and 1"),
+        ("--optimiser sgd", 78, "expected an optimiser in"),
+        ("--optimiser adam --server-rate 0", 78, "learning_rate above 0"),
+        ("--least-gain 0.1", 78, "expected --patience"),
+        ("--model ease --low-rank 2", 78, "counted exactly"),
+        ("--model ease --optimiser adam", 78, "counted exactly"),
+        ("--pretrained nowhere.npz", 65, "nowhere.npz"),
+        ("--pretrained narrow.npz", 65, "prepare with the model's dimensions"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_told_by_their_name(
+    options: str, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("narrow.npz", **init_shared(ITEMS, 3, 0))  # type: ignore[arg-type]
+    result = _prepared(tmp_path / "work", *options.split())
+    assert result.exit_code == code, result.output
+    assert said in " ".join(result.output.split())
+    assert not (tmp_path / "work" / "initial.npz").exists()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,12 @@ def test_vectors_in_a_file_larger_than_the_budget_are_read_in_blocks(tmp_path: P
     save_index(ExactIndex(*made), tmp_path)
     opened = open_index(tmp_path, budget_bytes=150_000)
     query = made[0][7]
-    assert opened.search(query, 20, [7]).items.tolist() == brute(made, query, 20, {7})
+    tracemalloc.start()
+    found = opened.search(query, 20, [7])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.items.tolist() == brute(made, query, 20, {7})
+    assert peak + made[1].nbytes < 150_000
 
 
 def test_a_budget_that_even_a_block_does_not_fit_into_is_refused() -> None:
@@ -142,7 +148,9 @@ def test_scores_that_overflow_are_refused() -> None:
 def test_a_graph_of_few_items_is_exact(n_items: int, k: int, own: set[int]) -> None:
     made, mine = table(n_items, whole=True), {item for item in own if item < n_items}
     graph = GraphIndex(ExactIndex(*made))
-    assert graph.search(made[0][0], k, list(mine)).items.tolist() == brute(made, made[0][0], k, mine)
+    assert graph.search(made[0][0], k, list(mine)).items.tolist() == brute(
+        made, made[0][0], k, mine
+    )
 
 
 def test_a_graph_finds_nearly_all_and_scores_them_exactly() -> None:
@@ -199,7 +207,10 @@ def test_a_saved_index_is_the_same_again(kind: type, tmp_path: Path) -> None:
     assert type(opened) is type(made)
     for query in table(5, 4, seed=1)[0]:
         mine, its = made.search(query, 7, [3]), opened.search(query, 7, [3])
-        assert (mine.items.tolist(), mine.scores.tolist()) == (its.items.tolist(), its.scores.tolist())
+        assert (mine.items.tolist(), mine.scores.tolist()) == (
+            its.items.tolist(),
+            its.scores.tolist(),
+        )
     opened.add(*table(1, 4, seed=4))
     with pytest.raises(DataError, match="another folder"):
         save_index(opened, tmp_path)
@@ -247,7 +258,10 @@ def test_a_folder_that_is_no_index_is_refused(content: str, tmp_path: Path) -> N
 def test_files_that_the_description_omits_are_no_way_around_its_check(tmp_path: Path) -> None:
     save_index(ExactIndex(*table(60)), tmp_path)
     about = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(about | {"files": {}, "graph": "../x"}))
+    (tmp_path / "index.json").write_text(json.dumps(about | {"files": {}}))
+    with pytest.raises(DataError, match="damaged"):
+        open_index(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(about | {"graph": "../x"}))
     with pytest.raises(DataError, match="format"):
         open_index(tmp_path)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secagg_recommender.interactions import DataError
-from secagg_recommender.recommend import Recommendation, recommend
+from secagg_recommender.recommend import Recommendation, best_items, recommend
 
 TITLES = ("Lamp", "Lens", "Mouse", "Radio")
 
@@ -98,9 +98,43 @@ def test_non_finite_scores_are_refused(bad: float) -> None:
         recommend(ZERO, model([1.0, bad, 1.0, 1.0]), [], 1, TITLES)
 
 
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 50), st.data())
+def test_scores_of_any_model_are_ranked_alike(
+    levels: list[int], k: int, draw: st.DataObject
+) -> None:
+    own = draw.draw(st.sets(st.integers(0, len(levels) - 1)))
+    found = best_items(np.array(levels, dtype=float), list(own), k)
+    allowed = [item for item in range(len(levels)) if item not in own]
+    assert found.items.tolist() == sorted(allowed, key=lambda item: (-levels[item], item))[:k]
+    assert found.scores.tolist() == [levels[item] for item in found.items]
+
+
+@pytest.mark.parametrize(
+    ("scores", "own", "k", "what"),
+    [
+        ([1.0, np.nan], [], 1, "non_finite=1"),
+        ([[1.0, 2.0]], [], 1, "finite scores"),
+        ([1.0, 2.0], [2], 1, "own items in"),
+        ([1.0, 2.0], [], 0, "k >= 1"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(
+    scores: list[float], own: list[int], k: int, what: str
+) -> None:
+    with pytest.raises(DataError, match=what):
+        best_items(np.array(scores), own, k)
+
+
+def test_a_table_beyond_the_memory_allowed_is_refused() -> None:
+    with pytest.raises(DataError, match="budget_bytes=1000"):
+        recommend(ZERO, model([1.0] * 4), [], 1, TITLES, budget_bytes=1000)
+
+
 def test_recommending_and_evaluating_need_no_torch() -> None:
     code = (
         "import sys, secagg_recommender.recommend, secagg_recommender.evaluation\n"
+        "import secagg_recommender.index_files, secagg_recommender.hybrid\n"
+        "import secagg_recommender.explain, secagg_recommender.cohorts\n"
         "sys.exit('torch' in sys.modules)"
     )
     paths = [path for path in sys.path if path]

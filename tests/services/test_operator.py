@@ -32,7 +32,7 @@ from secagg.errors import (
     PlanError,
 )
 from secagg.optimisers import Optimiser
-from secagg.parameters import MIN_COHORT, FloatSegment, Privacy
+from secagg.parameters import MIN_COHORT, FloatSegment, IntegerSegment, LowRank, Privacy
 from secagg.planner import make_plan
 from secagg.privacy import release_rho
 from secagg.rpc import channels
@@ -42,6 +42,7 @@ from secagg.wire.v1 import aggregation_service_pb2 as aggregation
 from secagg.wire.v1 import operator_service_pb2 as pb
 from secagg.wire.v1 import operator_service_pb2_grpc, plan_pb2
 from secagg_server.blobs import BlobStore
+from secagg_server.cli import _learning, _plain
 from secagg_server.clock import SystemClock
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
@@ -563,6 +564,30 @@ def test_how_a_model_learns_is_shown_with_each_round(office: Office) -> None:
     assert not first_round.HasField("figure")
     assert not first_round.HasField("change")
     assert (second.figure, second.change) == (0.25, 0.5)
+    assert list(_learning(_plain(answer))) == [
+        "optimiser: adam, learning rate 0.05, beta1 0.9, beta2 0.99, tau 0.001",
+        "stops when the model has changed by less than 0.01 in 2 rounds",
+        "round 2: model changed by 0.5",
+    ]
+
+
+def test_how_updates_travel_and_what_a_task_stops_by_is_shown(office: Office) -> None:
+    update = FloatSegment("update", cohort.TENSORS, 2.0, 10, compression=LowRank(1))
+    plan = make_plan([update, IntegerSegment("hits", 2, 100)], max_clients=6)
+    stop = Stop(3, figure="hits", least_gain=0.01)
+    office.store.create_task(replace(task(), plan=plan, stop=stop), bytes(32))
+    finish(office, 1, figure=0.25)
+    assert list(_learning(_plain(office.operator.task("task")))) == [
+        "optimiser: average, learning rate 1",
+        "compression: 8 of 11 floats travel",
+        "stops when hits has not risen by 0.01 in 3 rounds",
+        "round 1: hits 0.2500",
+    ]
+
+
+def test_a_task_without_a_model_learns_nothing(office: Office) -> None:
+    office.operator.create_task(replace(task(), plan=cohort.counts_plan()))
+    assert list(_learning(_plain(office.operator.task("task")))) == []
 
 
 def finish(

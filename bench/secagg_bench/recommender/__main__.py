@@ -98,7 +98,8 @@ def _measured(found: dict[str, Any], data_dir: Path | None, *, toy: bool) -> Ite
 
 def _compared(trial: Trial, world: World) -> dict[str, Any]:
     """A run under encryption, every sum of which is the one in the clear."""
-    from secagg_bench.recommender.trials import Encrypting, run
+    from secagg_bench.recommender.sums import Encrypting
+    from secagg_bench.recommender.trials import run
 
     adder = Encrypting()
     result = run(trial, world, adder)

@@ -202,9 +202,7 @@ class _Board:
         return np.stack([(sampled < CUTOFF).mean(axis=0), full < CUTOFF])
 
 
-def _chosen(
-    hits: Mapping[str, npt.NDArray[np.float64]], folds: _Ints
-) -> npt.NDArray[np.float64]:
+def _chosen(hits: Mapping[str, npt.NDArray[np.float64]], folds: _Ints) -> npt.NDArray[np.float64]:
     """For each fold the weight that is best for the newcomers of all others."""
     named = [values for method, values in hits.items() if method.startswith(_COHORT)]
     options = np.stack(named)  # (weights, 2, users)

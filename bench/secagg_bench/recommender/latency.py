@@ -48,7 +48,9 @@ def catalogue(
     spread = 1.0 / np.sqrt(np.arange(1, d + 1))
     clusters = max(n_items // 100, 1)
     centres = rng.normal(size=(clusters, d)) * spread
-    vectors = centres[rng.integers(0, clusters, n_items)] + 0.5 * rng.normal(size=(n_items, d)) * spread
+    vectors = (
+        centres[rng.integers(0, clusters, n_items)] + 0.5 * rng.normal(size=(n_items, d)) * spread
+    )
     return vectors.astype(np.float32), rng.normal(0.0, 0.5, n_items).astype(np.float32)
 
 
@@ -75,7 +77,7 @@ def measure(n_items: int, d: int, count: int = _QUERIES) -> list[list[str | floa
     made: list[GraphIndex] = []
     build_s = timed(lambda: made.append(GraphIndex(exact)))
     for expansion in _EXPANSIONS:
-        graph = GraphIndex(exact, expansion=expansion, graph=made[0].graph)
+        graph = GraphIndex(exact, expansion=expansion, graph=(made[0].graph, made[0].reach))
         size = vectors.nbytes + bias.nbytes + int(graph.graph.serialized_length)
         name = f"graph, {expansion:,} looked at"
         rows.append(_row(graph, name, exact, asked, own, build_s, size))

@@ -17,9 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from secagg.parameters import NormCheck
+from secagg.planner import make_plan
 from secagg_bench.privacy.ranking import METRICS
 from secagg_bench.recommender.sections import SEEDS, Section, candidates, sections, tuned
 from secagg_bench.recommender.trials import Trial
+from secagg_recommender.factorisation import TrainConfig
 
 __all__ = ["markdown", "save_figure", "table_from", "tables", "write_page"]
 
@@ -29,9 +32,13 @@ Table = dict[str, Any]
 _BESIDE: Final = ("one_round", "sessions", "latency", "cold_start")
 _HEADS: Final = ("HR@10", "NDCG@10", "HR@10, all items", "NDCG@10, all items")
 _GOAL: Final = 0.64
+# Items and clients of uploads with a norm check: those that were run, and as many as Beauty has.
+_UPLOADS: Final = {"checked": (1_682, 8), "large": (12_101, 100)}
 _EXTRA: Final = {
     "best": "best HR@10 (round)",
     "bytes": "bytes",
+    "checked": "with norm check",
+    "large": "12,101 items, 100 clients",
     "reach": f"rounds to {_GOAL}",
     "settings": "settings",
     "skew": "skew",
@@ -58,6 +65,8 @@ part in it.
 def write_page(found: Mapping[str, Any], folder: Path, page: Path) -> None:
     """Write all tables of the results, and of the result files beside them, as Markdown."""
     parts = [_INTRO.format(seeds=len(SEEDS)), *(markdown(table) for table in tables(found))]
+    if (demo := folder / "demo.json").is_file():
+        parts.append(markdown(_services(json.loads(demo.read_text(encoding="utf-8")))))
     for name in _BESIDE:
         if (file := folder / f"{name}.json").is_file():
             parts += [markdown(table) for table in table_from(file)]
@@ -150,6 +159,10 @@ def _extra(name: str, trial: Trial, runs: Sequence[Mapping[str, Any]]) -> str | 
             for key, value in own.items()
             if value != getattr(plain, key)
         )
+    if name in _UPLOADS:
+        items, clients = _UPLOADS[name]
+        segments = trial.plan(items, TrainConfig().dimensions).segments
+        return make_plan(segments, max_clients=clients, norm_check=NormCheck()).payload_bytes
     if name == "reach":
         return _reached([run["curve"] for run in runs if "curve" in run])
     if name == "best":
@@ -207,6 +220,25 @@ def _encrypted(found: Mapping[str, Any]) -> Table:
         "rows": rows,
         "note": "Medians on one core that was shared with other work: of one client's training and "
         "its quantising and encrypting, of adding one upload, and of opening a round's sum.",
+    }
+
+
+def _services(demo: Mapping[str, Any]) -> Table:
+    """Seconds of the demo's real programs, for one client or one round."""
+    rounds, uploads = demo["rounds"], demo["rounds"] * demo["clients"]
+    shares = {"train": uploads, "quantise": uploads, "encrypt": uploads, "upload": uploads}
+    shares |= {"aggregate": rounds, "decrypt": rounds}
+    return {
+        "title": "Response time of the services",
+        "columns": [*(f"{step}, ms" for step in shares), "a round in all, s"],
+        "rows": [
+            [
+                *(f"{1000 * demo['seconds'][step] / share:.1f}" for step, share in shares.items()),
+                f"{demo['wall_seconds'] / rounds:.2f}",
+            ]
+        ],
+        "note": f"The demo: {demo['clients']} clients, server and key holder as processes of one "
+        "machine, over gRPC. Of one client, but adding up and opening, which are of one round.",
     }
 
 

@@ -163,10 +163,11 @@ def _sections(best: Callable[[str], Trial]) -> list[Section]:
         Section(
             "compression",
             "Fewer bytes",
-            "Bytes of a client's upload in a round. Low rank is of the item table (d = 16), by a "
-            "public random basis; a subset is of public random coordinates.",
+            "Bytes of a client's upload in a round: whole ciphertexts of 28,672 bytes, of which "
+            "this model fills few; a norm check takes further room. Low rank is of the item table "
+            "(d = 16), by a public random basis; a subset is of public random coordinates.",
             _compression(best),
-            ("bytes", "settings", "reach"),
+            ("bytes", "checked", "large", "settings", "reach"),
         ),
         Section(
             "participation",

@@ -1,39 +1,33 @@
 """One run of federated training, described by plain values and repeatable from them alone.
 
-Sums are of the very integers that clients would encrypt, added in the clear; `encrypted` shows that
-encryption opens the same ones. Nothing here may be used by a service: it sees everybody's data.
-Read `sections` next.
+Sums are of the very integers that clients would encrypt (see `sums`). Nothing here may be used by a
+service: it sees everybody's data. Read `sections` next.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg.aggregator import Aggregator
 from secagg.compression import left_over
 from secagg.context import rotation_string
-from secagg.encryptor import Encryptor
 from secagg.errors import SecaggError
-from secagg.keyholder import KeyHolder
 from secagg.optimisers import Optimiser
 from secagg.parameters import FloatSegment, LowRank, Plan, RandomSubset, TensorSpec
 from secagg.planner import make_plan
-from secagg.quantize import flatten, quantize, unflatten
-from secagg.release import Release
+from secagg.quantize import flatten, unflatten
 from secagg_bench.baselines import Factors, collect_user_vectors, federated_average
 from secagg_bench.privacy.population import validation_split
 from secagg_bench.privacy.ranking import METRICS, UserEvaluator
-from secagg_client.repeatable import repeatable_rounding
+from secagg_bench.recommender.sums import TASK, Adder, Sent, Update, add_in_the_clear
 from secagg_recommender.datasets import read_dataset
 from secagg_recommender.devices import Workload
 from secagg_recommender.evaluation import ScoresFn
@@ -47,15 +41,10 @@ from secagg_recommender.partition import (
     popularity_skew,
 )
 
-_T = TypeVar("_T")
+__all__ = ["Trial", "World", "run"]
 
-__all__ = ["Adder", "Encrypting", "Trial", "World", "add_in_the_clear", "run"]
-
-_TASK: Final = "recommender"
 _EVALUATION_SEED: Final = 1
 _LEAST: Final = 3
-
-Update = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,78 +150,6 @@ class World:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What one silo contributes to a round, and the stream that it rounds with."""
-
-    silo: int
-    update: Update
-    samples: int
-
-
-Adder = Callable[[Plan, int, Sequence[Sent], int], Release]
-"""Sums a round: plan, round, contributions, seed of the rounding."""
-
-
-def add_in_the_clear(plan: Plan, number: int, sent: Sequence[Sent], seed: int) -> Release:
-    """The exact sum of the integers that would be encrypted."""
-    rotation = rotation_string(_TASK, number, plan)
-    total = np.zeros(plan.segments[0].values, dtype=np.int64)
-    for each in sent:
-        (quantized,) = quantize(
-            plan,
-            {"update": each.update},
-            samples=each.samples,
-            rotation=rotation,
-            randomness=repeatable_rounding(seed, each.silo, number),
-        )
-        total += quantized.values
-    return Release(plan, rotation, len(sent), (total,))
-
-
-class Encrypting:
-    """Sums under encryption, compared with those in the clear; notes what each step took.
-
-    Attributes:
-        rounds: that were summed, all of them bit for bit as in the clear.
-        seconds: of each call, by step.
-    """
-
-    def __init__(self) -> None:
-        self.rounds = 0
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    def __call__(self, plan: Plan, number: int, sent: Sequence[Sent], seed: int) -> Release:
-        """The sum that the key holder opens.
-
-        Raises:
-            RuntimeError: it is not the one in the clear.
-        """
-        release = self._opened(plan, number, sent, seed)
-        if release.sha256 != add_in_the_clear(plan, number, sent, seed).sha256:
-            raise RuntimeError(f"round {number}: the sum opened is not the sum in the clear")
-        self.rounds += 1
-        return release
-
-    def _opened(self, plan: Plan, number: int, sent: Sequence[Sent], seed: int) -> Release:
-        holder = KeyHolder(plan, task_id=_TASK, round_number=number)
-        server = Aggregator(holder.context)
-        for each in sent:
-            stream = repeatable_rounding(seed, each.silo, number)
-            client = Encryptor(holder.context, randomness=stream)
-            upload = self._timed("encrypt", client.encrypt, each.update, samples=each.samples)
-            holder.admit(upload.admission)
-            self._timed("add", server.add, upload)
-        return self._timed("open", holder.release, server.aggregate())
-
-    def _timed(self, step: str, do: Callable[..., _T], *given: Any, **named: Any) -> _T:  # noqa: ANN401
-        started = time.perf_counter()
-        try:
-            return do(*given, **named)
-        finally:
-            self.seconds[step].append(time.perf_counter() - started)
-
-
 class _Federation:
     """The silos of a run, and the model on its way through the rounds."""
 
@@ -297,7 +214,7 @@ class _Federation:
         if self.trial.feedback:
             kept = self._residual.get(index)
             update = {n: v + kept[n] for n, v in update.items()} if kept else update
-            rotation = rotation_string(_TASK, number, self.plan)
+            rotation = rotation_string(TASK, number, self.plan)
             self._residual[index] = left_over(self._segment, update, rotation)
         return Sent(index, update, samples)
 
