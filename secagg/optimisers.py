@@ -29,7 +29,8 @@ OptimiserState = Mapping[str, _Vector]
 
 LEARNING_RATES: Final[Mapping[str, float]] = {
     "average": 1.0,
-    "momentum": 1.0,
+    # Which makes the sum of what is remembered a mean; Hsu et al. have none, that is 1.
+    "momentum": 0.1,
     "adagrad": 0.1,
     "adam": 0.1,
     "yogi": 0.1,

@@ -183,6 +183,23 @@ def count_model(
     out.print(f"wrote {output}, a model of {model.n_items} items", highlight=False)
 
 
+@app.command("session-model")
+@exits_cleanly
+@with_settings(ClientSettings, ["dataset", "data_dir"])
+def session_model(
+    settings: ClientSettings,
+    tensors: Annotated[Path, typer.Argument(help="what `secagg-client model` has written")],
+    output: Annotated[Path, typer.Argument(help=".npz file to write")],
+) -> None:
+    """Build all item vectors of a task of --model session, for `recommend --model`."""
+    from secagg_client.session_task import session_model_of
+    from secagg_recommender.datasets import read_dataset
+
+    dataset = read_dataset(settings.dataset, settings.data_dir)
+    model = session_model_of(tensors, dataset, output)
+    out.print(f"wrote {output}, a model of {model.n_items} items", highlight=False)
+
+
 @app.command()
 @exits_cleanly
 @with_settings(ClientSettings, ["dataset", "data_dir"])

@@ -40,9 +40,10 @@ class ClientSettings(Settings):
     state_dir: Path = Field(
         Path("secagg-data/client"), description="identity key and private user vectors"
     )
-    model: Literal["factorisation", "ease", "transitions", "session"] = Field(
+    model: Literal["factorisation", "ease", "transitions", "session", "cohorts"] = Field(
         "factorisation", description="kind of model that the task is for"
     )
+    cohort: str | None = Field(None, description="one's own, for a task that counts cohorts")
     dimensions: int = Field(16, ge=1, description="length of user and item vectors")
     max_epsilon: float | None = Field(
         None, gt=0, description="most epsilon to spend in a task, beyond what its budget allows"
@@ -69,7 +70,7 @@ class ClientSettings(Settings):
         None, gt=0, description="miss rounds, so as to upload no more in a task"
     )
     allow_server_scores: bool = Field(
-        False, description="let a server's scores refine recommendations; the table is fetched whole"
+        False, description="let a server's scores, fetched for all items, refine recommendations"
     )
     seed: int = Field(0, ge=0, description="of partition, start and sampling; equal for all silos")
     repeatable_seed: int | None = Field(

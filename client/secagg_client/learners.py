@@ -113,10 +113,26 @@ def _transitions(part: Part, _segments: Collection[str]) -> Learner:
     return TransitionsLearner(part.split, part.users)
 
 
+def _session(part: Part, _segments: Collection[str]) -> Learner:
+    from secagg_client.session_task import content_and_config
+    from secagg_recommender.session_silo import SessionSilo
+
+    content, config = content_and_config(part.settings, part.dataset)
+    return SessionSilo(part.settings.silo, part.split, part.users, content, config)
+
+
+def _cohorts(part: Part, _segments: Collection[str]) -> Learner:
+    from secagg_client.cohort_task import cohort_learner
+
+    return cohort_learner(part)
+
+
 KINDS: Final[Mapping[str, Callable[[Part, Collection[str]], Learner]]] = {
     "factorisation": _factorisation,
     "ease": _ease,
     "transitions": _transitions,
+    "session": _session,
+    "cohorts": _cohorts,
 }
 """How each kind of model is loaded, by its name in the settings."""
 

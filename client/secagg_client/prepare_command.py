@@ -101,7 +101,8 @@ def prepare_command(
     """Write the recommender's task and initial model, for `secagg-server task create`.
 
     Of --model ease or transitions, which are counted in one round, there is a task alone; the other
-    options are for models that are trained.
+    options are for models that are trained. Of --model session, rounds and optimiser can be chosen;
+    its optimiser is Adam unless another one is given. Of --model cohorts, the row threshold can.
     With --privacy, --epsilon and --delta, each client's contributions are protected by noise.
     With --row-threshold, items that too few clients have leave the key holder as zeros. With
     either, all clients weigh equally.
@@ -117,6 +118,34 @@ def prepare_command(
                 "leave them out, or prepare --model factorisation"
             )
         out.print(f"wrote {prepare_counts(settings, folder)}", highlight=False)
+        return
+    if settings.model == "session":
+        # Its plan is one of its own: equal weights, 8 bits, whole updates.
+        if any(option is not None for option in (noise, row_threshold, low_rank, subset)) or (
+            any(option is not None for option in (bits, patience, pretrained))
+        ):
+            raise ConfigurationError(
+                "expected of a session model no options but rounds, optimiser and server rate; "
+                "leave the others out, or prepare --model factorisation"
+            )
+        from secagg_client.session_task import OPTIMISER, prepare_session
+
+        chosen = OPTIMISER if server == Optimiser() else server
+        task, model = prepare_session(settings, folder, rounds=rounds, optimiser=chosen)
+        out.print(f"wrote {task} and {model}", highlight=False)
+        return
+    if settings.model == "cohorts":
+        # One round of exact counts, whose threshold alone can be chosen.
+        from secagg_client.cohort_task import LEAST, prepare_cohorts
+
+        others = (noise, low_rank, subset, bits, patience, pretrained)
+        if server != Optimiser() or any(option is not None for option in others):
+            raise ConfigurationError(
+                "expected of a count of cohorts no options but the row threshold; leave the others "
+                "out, or prepare --model factorisation"
+            )
+        task_file = prepare_cohorts(settings, folder, least=row_threshold or LEAST)
+        out.print(f"wrote {task_file} and {folder / 'initial.npz'}", highlight=False)
         return
     if patience is None and (least_gain or least_change):
         raise ConfigurationError(

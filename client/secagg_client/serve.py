@@ -1,8 +1,8 @@
-"""Recommendations on the device: by a trained vector, one fitted to a few items, a model of histories,
-or a cohort; with reasons, and refined by a server's scores where the user allows it.
+"""Recommendations on the device, with reasons, and refined by a server where the user allows it.
 
-What is fetched is whole: a model, a table for all items. Nothing that is asked of a server depends on
-who asks, what they have, or what they are shown.
+By a trained vector, one fitted to a few items, a model of histories, or a cohort. What is fetched
+is whole: a model, a table for all items. Nothing that is asked of a server depends on who asks,
+what they have, or what they are shown.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def recommend_for(
 
     Args:
         user: label of a user; its own training items are left out.
-        items: comma-separated labels of items that an unseen user likes; may be empty with a cohort.
+        items: comma-separated labels of items that an unseen user likes; may be empty with a
+            cohort.
         model: ``.npz`` with the shared tensors, or of a model of histories; the server's newest
             version when None. With a cohort and no items, none is needed.
         explain: say for each item which of the own items it is due to.
@@ -124,9 +125,9 @@ def recommend_for(
     """
     if server is not None and not settings.allow_server_scores:
         raise ConfigurationError(
-            "expected the user's permission to use server scores; got none; set allow_server_scores "
-            "(the server learns that this client fetches the table, and nothing else), or leave "
-            "--server-scores out"
+            "expected the user's permission to use server scores; got none; set "
+            "allow_server_scores (the server learns that this client fetches the table, and "
+            "nothing else), or leave --server-scores out"
         )
     if (user is None) == (items is None) and (user is not None or cohort is None):
         raise DataError(
@@ -240,8 +241,8 @@ def _ranker(
     if by_history is not None:
         if start is not None or index != "exact":
             raise DataError(
-                "expected a factor model for an index or for a cohort beside a history; got a model "
-                "of histories; leave --index and --cohort out"
+                "expected a factor model for an index or for a cohort beside a history; got a "
+                "model of histories; leave --index and --cohort out"
             )
         return _ByHistory(by_history)
     shared = {name: tensors[name] for name in (ITEM_FACTORS, ITEM_BIAS)}
@@ -265,15 +266,15 @@ def _start(cohort: CohortStart, n_items: int) -> NDArray[np.float64]:
     """Log-odds of the catalogue for a cohort."""
     if cohort.name not in AGE_GENDER:
         raise DataError(
-            f"expected a cohort in {list(AGE_GENDER)}, got another; leave it out to start from what "
-            "is popular"
+            f"expected a cohort in {list(AGE_GENDER)}, got another; leave it out to start from "
+            "what is popular"
         )
     tensors = read_npz(cohort.table)
     table = CohortTable.from_model(tensors, len(AGE_GENDER), cohort.least, cohort.clients)
     if table.n_items != n_items:
         raise DataError(
-            f"expected cohort counts of {n_items} items, got {table.n_items}; use the data set that "
-            "they were counted in"
+            f"expected cohort counts of {n_items} items, got {table.n_items}; use the data set "
+            "that they were counted in"
         )
     return table.start(AGE_GENDER.index(cohort.name))
 

@@ -1,10 +1,11 @@
-"""A start for somebody new: what people of the same cohort have, from one encrypted, thresholded sum.
+"""A start for somebody new: what people of the same cohort have, from one encrypted sum.
 
 A person's device contributes a table of zeros with ones in the block of its own cohort, for itself
 and for the items it has; encrypted, so that nobody sees which block that is. The table's rows are
 single cells, and the key holder withholds those with fewer than k contributors. From what is
 released, a cohort's rates are shrunk to everybody's by empirical Bayes, and their log-odds rank the
-catalogue for a newcomer, alone or as a change of a model's biases.
+catalogue for a newcomer, alone or in place of a model's biases. Release no totals beside the table,
+nor other cohorts of the same people: a difference would tell a withheld cell.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ __all__ = [
 ]
 
 COHORT_COUNTS: Final = "cohort_counts"
-"""Name of the tensor: float32 ``(cohorts · (n_items + 1), 1)``. A cohort's block is one cell for its
-members and one for each item."""
+"""Name of the tensor: float32 ``(cohorts · (n_items + 1), 1)``. A cohort's block is one cell for
+its members and one for each item."""
 _UPDATE: Final = "update"
 _CONTRIBUTORS: Final = "contributors"
 
@@ -68,8 +69,8 @@ def age_gender(age: int, gender: str) -> int:
     """
     if not 0 <= age <= _OLDEST or gender not in _GENDERS:
         raise DataError(
-            f"expected an age from 0 to {_OLDEST} and a gender in {_GENDERS}, got another; leave the "
-            "cohort out to start from what is popular"
+            f"expected an age from 0 to {_OLDEST} and a gender in {_GENDERS}, got another; leave "
+            "the cohort out to start from what is popular"
         )
     band = sum(age >= first for first in _FROM_AGE) - 1
     return _GENDERS.index(gender) * len(_AGES) + band
@@ -138,7 +139,7 @@ def cells_of(
     """
     distinct = np.unique(items)
     known = distinct.dtype.kind in "iu" or distinct.size == 0
-    inside = not distinct.size or (0 <= distinct[0] and distinct[-1] < n_items)
+    inside = not distinct.size or (distinct[0] >= 0 and distinct[-1] < n_items)
     if not (0 <= cohort < n_cohorts and known and inside):
         raise DataError(
             f"expected one of {n_cohorts} cohorts and items in [0, {n_items}), got others; use the "
@@ -264,7 +265,7 @@ class CohortTable:
         return int(self.counts.shape[1])
 
     def popularity(self) -> _Rates:
-        """Log-odds that somebody has an item, ``(n_items,)``: over all cohorts, what was released."""
+        """Log-odds that somebody has an item, ``(n_items,)``: of what was released, all cohorts."""
         return _log_odds(self._overall())
 
     def start(self, cohort: int) -> _Rates:
@@ -283,10 +284,6 @@ class CohortTable:
         strength = self.strength()
         counts = self._counts(cohort, overall)
         return _log_odds((counts + strength * overall) / (members + strength))
-
-    def lift(self, cohort: int) -> _Rates:
-        """What the cohort changes about popularity, in log-odds: an addition to a model's biases."""
-        return self.start(cohort) - self.popularity()
 
     def strength(self) -> float:
         """s of the prior, in members, by the moments of all cells that expect enough.
@@ -315,8 +312,9 @@ class CohortTable:
         """Counts of a cohort, with a guess for what was withheld."""
         members, counts = self.members[cohort], self.counts[cohort]
         guess = np.minimum(members * overall, self.least - 1.0)
-        return np.minimum(np.where(counts > 0, counts, guess), members)
+        known = np.where(counts > 0, counts, guess)
+        return np.asarray(np.minimum(known, members), dtype=np.float64)
 
 
 def _log_odds(rate: _Rates) -> _Rates:
-    return np.asarray(np.log(rate) - np.log1p(-rate))
+    return np.asarray(np.log(rate) - np.log1p(-rate), dtype=np.float64)

@@ -21,10 +21,13 @@ import numpy.typing as npt
 from secagg_recommender.attributes import ItemAttributes
 from secagg_recommender.interactions import DataError
 
-__all__ = ["CODES", "ItemContent", "hashed_codes", "item_content"]
+__all__ = ["BUCKETS", "CODES", "ItemContent", "hashed_codes", "item_content"]
 
 CODES: Final = 2
 """Codes of an item, each from buckets of its own: the sum of two tells apart buckets² items."""
+
+BUCKETS: Final = 224
+"""Of each code, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +60,7 @@ class ItemContent:
     def vectors(
         self, attributes: npt.NDArray[np.float32], codes: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
-        """Vectors of all items, float32 ``(n_items, d)``, of learned tables of attributes and codes.
+        """Vectors of all items, float32 ``(n_items, d)``, of learned tables.
 
         *Shapes*: ``attributes`` float32 ``(n_attributes, d)``, ``codes`` ``(CODES * buckets, d)``.
 
@@ -101,7 +104,8 @@ class ItemContent:
     def _check(self, *tables: npt.NDArray[np.float32]) -> None:
         rows = (self.n_attributes, CODES * self.buckets)
         shapes = [table.shape for table in tables]
-        if [shape[:1] for shape in shapes] != [(n,) for n in rows] or len({*map(_width, shapes)}) > 1:
+        width = shapes[0][-1] if shapes[0] else 0
+        if shapes != [(number, width) for number in rows]:
             raise DataError(
                 f"expected tables of {rows[0]} attributes and {rows[1]} codes of one width, got "
                 f"shapes={shapes}; use tensors of the same catalogue and configuration"
@@ -109,7 +113,7 @@ class ItemContent:
 
 
 def item_content(
-    attributes: ItemAttributes, labels: Sequence[str], *, buckets: int = 256
+    attributes: ItemAttributes | None, labels: Sequence[str], *, buckets: int = BUCKETS
 ) -> ItemContent:
     """Weights and codes of a catalogue.
 
@@ -117,13 +121,18 @@ def item_content(
     more than "beauty". An item's weights are then scaled to a norm of 1.
 
     Args:
-        attributes: of each item; an item may have none.
+        attributes: of each item; an item may have none, a data set may not.
         labels: of each item, what it is called outside of this data set.
         buckets: of each of the two codes.
 
     Raises:
-        DataError: another number of labels than items, or less than one bucket.
+        DataError: no attributes, another number of labels than items, or less than one bucket.
     """
+    if attributes is None:
+        raise DataError(
+            "expected a data set with attributes of its items, got none; a session model builds "
+            "its item vectors from them: train a factorisation instead"
+        )
     n_items = attributes.n_items
     if len(labels) != n_items or buckets < 1:
         raise DataError(
@@ -155,7 +164,3 @@ def hashed_codes(labels: Sequence[str], buckets: int) -> npt.NDArray[np.int64]:
 
 def _length(weights: npt.NDArray[np.float32]) -> float:
     return max(float(np.linalg.norm(weights)), 1e-12)
-
-
-def _width(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[1:] if len(shape) == 2 else (-1, *shape)

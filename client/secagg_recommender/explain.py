@@ -1,10 +1,10 @@
 """Why an item is in the list: what each item of a person's own history adds to its score.
 
-Computed on the device, from what is there anyway; nothing is asked of anybody. A model that is linear
-in the history has exact terms that add up to the score. A fitted user vector is not: there, the
-effect of an item is how far the score would move if the vector were fitted without it, by one Newton
-step. For implicit least squares that decomposition is exact and due to Hu, Koren and Volinsky 2008,
-"Collaborative Filtering for Implicit Feedback Datasets", section 5.
+Computed on the device, from what is there anyway; nothing is asked of anybody. A model that is
+linear in the history has exact terms that add up to the score. A fitted user vector is not: there,
+the effect of an item is how far the score would move if the vector were fitted without it, by one
+step of Newton's method. Hu, Koren and Volinsky 2008, "Collaborative Filtering for Implicit Feedback
+Datasets", section 5, explain implicit least squares through the same matrix.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def reasons(
 ) -> list[Reason]:
     """The items that add most to a score, largest first, and only what adds at all.
 
-    *Shapes*: ``effects`` ``(len(history),)``, one for each item of the history. Equal effects come in
-    order of item id.
+    *Shapes*: ``effects`` ``(len(history),)``, one for each item of the history. Equal effects come
+    in order of item id.
 
     Raises:
         DataError: other shapes, effects that are not finite, or ``most`` below 1.
@@ -68,9 +68,9 @@ def fit_effects(
     """What each own item adds to the scores of ``items`` through a user vector.
 
     The vector minimises ``fit_user``'s objective, of the mean over own items and the mean over all
-    others. Without own item i, which joins the others, one Newton step from the vector leads close to
-    that problem's solution; the step of the whole problem is subtracted, so that a vector that was
-    trained instead of fitted is explained too.
+    others. Without own item i, which joins the others, one Newton step from the vector leads close
+    to that problem's solution; the step of the whole problem is subtracted, so that a vector that
+    was trained instead of fitted is explained too.
 
     Args:
         vector: ``(d,)``.
@@ -183,7 +183,8 @@ def history_effects(
     """What each item of a history adds to the scores of ``items`` in a model of histories.
 
     Returns:
-        float64 ``(len(history), len(items))``: exact terms, which add up to the scores.
+        float64 ``(len(history), len(items))``: of a linear model, exact terms that add up to the
+        scores, but for what it adds itself, such as popularity to part ties.
 
     Raises:
         DataError: an empty history, or ids outside the catalogue.

@@ -1,7 +1,7 @@
 """Models that score from a history of items alone, such as those of one exact round.
 
-They know no user: who has a history, in time order, has scores, on whatever device. `ease` and
-`transitions` make them; an archive of their tensors is what a device keeps and loads.
+They know no user: who has a history, in time order, has scores, on whatever device. `ease`,
+`transitions` and `session_model` are such; an archive of their tensors is what a device keeps.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ def history_model(tensors: Mapping[str, npt.NDArray[Any]]) -> HistoryModel | Non
         DataError: tensors that bear the names of such a model, and are none.
     """
     from secagg_recommender.ease import Ease
+    from secagg_recommender.session_model import SessionModel
+    from secagg_recommender.stacked import StackedModel
     from secagg_recommender.transitions import Transitions
 
-    for kind in (Ease, Transitions):
+    # First the one that is made of others.
+    for kind in (StackedModel, Ease, Transitions, SessionModel):
         if tensors.keys() >= kind.names():
             return kind.from_tensors(tensors)
     return None

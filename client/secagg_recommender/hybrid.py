@@ -1,12 +1,13 @@
 """A list made on the device, put in order with the help of a table that everybody can fetch.
 
-The device makes its candidates alone. To refine them by what a server knows, such as what is trending,
-it takes a table of scores for the **whole** catalogue and looks up its candidates there: asking for
-those alone would tell the history that they come from. A table may have a row for each of a few
-public buckets, a weekday or a region; all rows are fetched, and the device picks one.
+The device makes its candidates alone. To refine them by what a server knows, such as what is
+trending, it takes a table of scores for the **whole** catalogue and looks up its candidates there:
+asking for those alone would tell the history that they come from. A table may have a row for each
+of a few public buckets, a weekday or a region; all rows are fetched, and the device picks one.
 
-The server learns that this client fetched this table, and when: the same for every client that does.
-It does not learn the history, the candidates, the bucket, the list, or whether the table was used.
+The server learns that this client fetched this table, and when: the same for every client that
+does. It does not learn the history, the candidates, the bucket, the list, or whether the table was
+used.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ServerScores:
 
     @classmethod
     def from_model(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> ServerScores:
-        """From the model of a task: its ``item_scores``, ``(n_items,)`` or by bucket, or its biases.
+        """From a task's model: its ``item_scores``, ``(n_items,)`` or by bucket, or its biases.
 
         Raises:
             DataError: it has neither; or see the class.
@@ -78,8 +79,8 @@ class ServerScores:
 def refine(candidates: Hits, server: npt.NDArray[np.floating], k: int, weight: float = 0.3) -> Hits:
     """The ``k`` best candidates by local and server scores together.
 
-    Both are brought to mean 0 and standard deviation 1 over the candidates, because their units have
-    nothing to do with one another; then (1 − weight) · local + weight · server.
+    Both are brought to mean 0 and standard deviation 1 over the candidates, because their units
+    have nothing to do with one another; then (1 − weight) · local + weight · server.
 
     Args:
         candidates: what the device has found; more than ``k`` leave something to refine.

@@ -33,8 +33,9 @@ _MOST_BLOCK_ITEMS: Final = 1 << 16
 # Beside copies of its vector: score, its copy for the partition, masks and place.
 _ITEM_WORK_BYTES: Final = 32
 _LEAST_WORK_BYTES: Final = 1 << 16
-# The graph looks at so many times the items asked for; more finds more, and takes longer.
+# Items that a search of the graph looks at: more finds more, and takes longer.
 _EXPANSION: Final = 256
+_SPARE: Final = 16
 _CONNECTIVITY: Final = 16
 _EXPANSION_ADD: Final = 64
 
@@ -226,7 +227,9 @@ class GraphIndex:
         self.exact = exact
         self._expansion = expansion
         lengths = exact.lengths()
-        self.graph, self.reach = graph or (new_graph(exact.dimensions), float(lengths.max()))
+        # A little more than the longest, so that it is not left out by a rounding.
+        longest = float(lengths.max()) * (1.0 + 1e-9)
+        self.graph, self.reach = graph or (new_graph(exact.dimensions), longest)
         self._beyond = np.flatnonzero(lengths > self.reach)
         if graph is None:
             first = 0
@@ -267,16 +270,17 @@ class GraphIndex:
     ) -> Hits:
         """The ``k`` best items that were found outside ``own``.
 
-        Where own items and ``k`` are more than a quarter of all, every item is scored instead.
+        Where the candidates for that would be a quarter of all items, every item is scored instead.
 
         Raises:
             DataError: see :meth:`ExactIndex.search`.
         """
         vector, mine = check_request(query, k, own, self.n_items, self.exact.dimensions)
-        wanted = k + mine.size
+        # Own items are found too, and of equal scores those of the smallest ids shall be there.
+        wanted = 2 * (k + mine.size) + _SPARE
         if 4 * wanted >= self.n_items:
             return self.exact.search(vector, k, mine)
-        self.graph.expansion_search = max(self._expansion, 2 * wanted)
+        self.graph.expansion_search = max(self._expansion, wanted)
         direction = np.concatenate([vector, np.array([1.0, 0.0], np.float32)])
         found = self.graph.search(direction, wanted, threads=1).keys.astype(np.int64)
         items = np.setdiff1d(np.union1d(found, self._beyond), mine)
@@ -308,7 +312,13 @@ def new_graph(dimensions: int) -> Any:  # noqa: ANN401 - of a library that is lo
             "expected usearch for this index, got no such package; install the extra: "
             "pip install 'secagg[index]', or use the exact index"
         ) from None
-    return usearch.Index(ndim=dimensions + 2, metric="cos", dtype="f32", connectivity=_CONNECTIVITY)
+    return usearch.Index(
+        ndim=dimensions + 2,
+        metric="cos",
+        dtype="f32",
+        connectivity=_CONNECTIVITY,
+        expansion_add=_EXPANSION_ADD,
+    )
 
 
 def recall(index: ItemIndex, exact: ItemIndex, queries: npt.NDArray[np.floating], k: int) -> float:

@@ -1,8 +1,8 @@
 """An index on disk: vectors that are read where they lie, and a check of which model they are.
 
-A folder with ``vectors.npy``, ``bias.npy``, ``graph.usearch`` (for a graph) and ``index.json``, which
-names the model by its digest and the other files by their SHA-256. Opening reads everything once,
-block by block, so that damage is found there and not in somebody's recommendations.
+A folder with ``vectors.npy``, ``bias.npy``, ``graph.usearch`` (for a graph) and ``index.json``,
+which names the model by its digest and the other files by their SHA-256. Opening reads everything
+once, block by block, so that damage is found there and not in somebody's recommendations.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ def save_index(index: ExactIndex | GraphIndex, folder: Path) -> None:
     if isinstance(index, GraphIndex):
         index.graph.save(os.fspath(folder / _GRAPH))
     files = {name: _fingerprint(folder / name) for name in [_BIAS, *([graph] if graph else [])]}
-    about: dict[str, Any] = {"format": _FORMAT, "model": exact.digest, "graph": graph, "files": files}
+    about: dict[str, Any] = {
+        "format": _FORMAT,
+        "model": exact.digest,
+        "graph": graph,
+        "files": files,
+    }
     if isinstance(index, GraphIndex):
         about["reach"] = index.reach.hex()
     (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -77,8 +82,8 @@ def open_index(
     about = _about(folder)
     if model is not None and model != about["model"]:
         raise DataError(
-            f"expected an index of the model {model[:12]}…, got one of {str(about['model'])[:12]}…: "
-            "it is stale; build it again from the model that is served"
+            f"expected an index of the model {model[:12]}…, got one of {about['model'][:12]}…: it "
+            "is stale; build it again from the model that is served"
         )
     damaged = f"expected an index as it was written, got a damaged file in {folder}; build it again"
     for name in [_BIAS, *([_GRAPH] if about["graph"] else [])]:

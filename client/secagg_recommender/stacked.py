@@ -1,9 +1,10 @@
 """A session model on top of exact counts: what is alike, and what has really followed what.
 
-A small model knows kinds of items, and cannot remember single pairs; counts remember pairs, and know
-nothing of what was never seen together. Scores add up to: session's + weight * ln(1 + gain * votes).
-The votes are those of `transitions`, from counts that one encrypted round has released, whole or
-only those of pairs that several have. Logarithm, as a session's score is one of a probability.
+A small model knows kinds of items, and cannot remember single pairs; counts remember pairs, and
+know nothing of what was never seen together. Scores add up: the session's + weight * ln(1 + gain *
+votes). The votes are those of `transitions`, from counts that one encrypted round has released,
+whole or only those of pairs that several have. A logarithm, as a session's score is one of a
+probability.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`secagg-client recommend`: reasons, indexes, cohorts and server scores, from files on a device."""
+"""`secagg-client recommend`: reasons, indexes, cohorts and server scores, on a device."""
 
 from __future__ import annotations
 

@@ -146,14 +146,14 @@ def test_a_cohorts_favourite_comes_first_for_it_alone() -> None:
     rates[0, 5] = rates[1, 9] = 0.9
     made = drawn(rates, 200)
     assert (made.start(0).argmax(), made.start(1).argmax()) == (5, 9)
-    assert made.lift(0)[5] > 0 > made.lift(0)[9]
+    assert made.start(0)[5] > made.popularity()[5] > made.start(1)[5]
 
 
 def test_cohorts_that_do_not_differ_start_from_what_is_popular() -> None:
     rates = np.tile(np.linspace(0.05, 0.9, 60), (4, 1))
     made = drawn(rates, 100)
     assert made.strength() > 500
-    assert np.abs(made.lift(2)).max() < 0.2
+    assert np.abs(made.start(2) - made.popularity()).max() < 0.2
 
 
 def test_the_strength_is_that_of_the_prior_rates_come_from() -> None:

@@ -93,6 +93,11 @@ def test_catalogues_that_do_not_fit_are_refused(labels: tuple[str, ...], buckets
         item_content(attributes_of(NAMES), labels, buckets=buckets)
 
 
+def test_a_data_set_without_attributes_has_no_content() -> None:
+    with pytest.raises(DataError, match="with attributes of its items"):
+        item_content(None, LABELS)
+
+
 @given(st.lists(st.text(max_size=8), max_size=30), st.integers(1, 100))
 def test_codes_depend_on_the_label_alone(labels: list[str], buckets: int) -> None:
     """Not on an item's place, which often tells what was bought next."""
@@ -110,6 +115,7 @@ def test_codes_spread_evenly_and_do_not_follow_numbers() -> None:
     codes = hashed_codes([str(number) for number in range(8000)], 16)
     for part in range(CODES):
         counts = np.bincount(codes[:, part] - 16 * part, minlength=16)
-        assert 400 < counts.min() and counts.max() < 600
+        assert counts.min() > 400
+        assert counts.max() < 600
     neighbours = (codes[1:, 0] == codes[:-1, 0]).mean()
     assert abs(neighbours - 1 / 16) < 0.02

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, init_shared
@@ -38,6 +38,7 @@ def test_rows_go_to_the_items_of_their_labels_and_new_items_start_afresh() -> No
     assert started[ITEM_FACTORS].dtype == np.float32
 
 
+@settings(deadline=None)
 @given(st.permutations(OWN), st.integers(1, 4))
 def test_whatever_the_order_of_the_rows(order: list[str], count: int) -> None:
     started, known = warm_start(model(*order[:count]), OWN, FRESH)

@@ -46,7 +46,7 @@ def drawn(size: int, seed: int = 0) -> NDArray[np.float64]:
     return np.random.default_rng(seed).normal(size=size)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(compressions, shapes, st.integers(0, 100), st.floats(-3, 3))
 def test_a_sum_of_what_is_compressed_is_the_compressed_sum(
     compression: Compression, tensors: tuple[TensorSpec, ...], seed: int, factor: float
@@ -59,7 +59,7 @@ def test_a_sum_of_what_is_compressed_is_the_compressed_sum(
     np.testing.assert_allclose(together, apart, atol=1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(compressions, shapes, st.integers(0, 100))
 def test_expanding_what_was_compressed_projects(
     compression: Compression, tensors: tuple[TensorSpec, ...], seed: int

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -137,6 +137,7 @@ def test_yogi_takes_squares_back_no_faster_than_the_last_square() -> None:
     assert states["yogi"]["v"][0] == pytest.approx(1 - 0.01 * 0.01)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(LEARNING_RATES)), st.integers(1, 20), st.integers(0, 2**32))
 def test_a_state_comes_back_from_its_bytes_and_goes_on_to_the_same_bits(
     name: str, size: int, seed: int

@@ -158,7 +158,7 @@ INTEGERS = '[[integers]]\nname = "{}"\nsize = {}\nmax_abs = 9'
     [
         ("", Optimiser()),
         ("[optimiser]", Optimiser()),
-        ('[optimiser]\nname = "momentum"', Optimiser("momentum", 1.0)),
+        ('[optimiser]\nname = "momentum"', Optimiser("momentum", 0.1)),
         ('[optimiser]\nname = "adam"', Optimiser("adam", 0.1)),
         (
             '[optimiser]\nname = "yogi"\nlearning_rate = 0.3\nbeta1 = 0\nbeta2 = 0.5\ntau = 1e-4',

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cohort
@@ -19,6 +19,7 @@ import numpy as np
 from secagg import audit
 from secagg.context import RoundContext
 from secagg.errors import ClosedError
+from secagg.optimisers import Optimiser
 from secagg.parameters import NormCheck
 from secagg.quantize import flatten
 from secagg.release import Release
@@ -53,9 +54,13 @@ _POLL_S = 0.02
 
 
 def task(rounds: int, *, deadline_ms: int = DEADLINE_MS, max_attempts: int = 5) -> TaskSpec:
-    """Rounds close as soon as all clients have contributed; uploads are checked for their norm."""
+    """Rounds close as soon as all clients have contributed; uploads are checked for their norm.
+
+    The server's optimiser has a state, so that a round which is done twice would show in the model.
+    """
     plan = cohort.mixed_plan(norm_check=NormCheck())
-    return TaskSpec(TASK_ID, plan, rounds, deadline_ms, max_attempts, len(CLIENTS))
+    spec = TaskSpec(TASK_ID, plan, rounds, deadline_ms, max_attempts, len(CLIENTS))
+    return replace(spec, optimiser=Optimiser("adam"))
 
 
 def free_port() -> int:
@@ -241,13 +246,14 @@ def _same_sums(data: bytes, context: RoundContext) -> None:
 
 
 def _same_model(machine: Machine, contexts: Sequence[RoundContext]) -> None:
-    segment = task(1).model
+    segment, optimiser = task(1).model, task(1).optimiser
     assert segment is not None
     model = np.zeros(segment.parameters, dtype=np.float32)
+    state = optimiser.initial(segment.parameters)
     for context in contexts:
         sums = tuple(cohort.clear_sums(context, CLIENTS))
         release = Release(context.plan, context.rotation, len(CLIENTS), sums)
-        model = release.applied_to(model)
+        model, state = optimiser.step(model, release.flat_mean(), state)
     with session(machine, 0) as connected:
         found = connected.latest_model()
     assert found.version == len(contexts)

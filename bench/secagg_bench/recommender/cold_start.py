@@ -1,9 +1,9 @@
-"""Newcomers on MovieLens 100K: a start from their cohort, against popularity, after 0, 1, 3, 5 films.
+"""Newcomers on MovieLens 100K: a start from their cohort, against popularity, after 0 to 5 films.
 
-Five folds of users: four fifths take part in the federation, the others are in nothing. The cohorts'
-counts are encrypted by one client each, summed, opened and thresholded by the real roles in this
-process, and compared with the same counts in the clear. A newcomer has a cohort and its first films;
-the test item is its latest, as in all our tables.
+Five folds of users: four fifths take part in the federation, the others are in nothing. Counts by
+cohort are encrypted by one client each, summed, opened and thresholded by the real roles in this
+process, and compared with the same counts in the clear. A newcomer has a cohort and its first
+films; the test item is its latest, as in all our tables.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ _COLUMNS = [
 ]  # fmt: skip
 _NOTE = (
     "Five-fold: no newcomer is in the federation, nor in the counts. 99 sampled negatives, mean of "
-    "three draws, and all items outside the newcomer's training items. 'Most popular': exact counts "
-    "of all participants, nothing withheld. 'Fit alone': a user vector fitted to the known items over "
-    "the federated item table. 'Cohort start': log-odds of the cohort, by age and gender, plus the "
-    "fitted vector's part, weighted by the best of 0.5, 1, 2 on the other folds' newcomers. "
-    "Intervals: 95 %, paired bootstrap over users; above 0 is better than popularity for certain."
+    "three draws, and all items outside the newcomer's training items. 'Most popular': exact "
+    "counts of all participants, nothing withheld. 'Fit alone': a user vector fitted to the known "
+    "items over the federated item table. 'Cohort start': log-odds of the cohort, by age and "
+    "gender, plus the fitted vector's part, weighted by the best of 0.5, 1, 2 on the other folds' "
+    "newcomers. Intervals: 95 %, paired bootstrap over users, against most popular."
 )
 
 app = typer.Typer(help=__doc__)
@@ -206,7 +206,7 @@ def _chosen(hits: Mapping[str, npt.NDArray[np.float64]], folds: _Ints) -> npt.ND
     """For each fold the weight that is best for the newcomers of all others."""
     named = [values for method, values in hits.items() if method.startswith(_COHORT)]
     options = np.stack(named)  # (weights, 2, users)
-    chosen = np.empty_like(options[0])
+    chosen = np.empty(options.shape[1:])
     for number in np.unique(folds):
         here = folds == number
         best = int(options[:, 0, ~here].mean(axis=1).argmax())
@@ -237,7 +237,7 @@ def _gain(differences: npt.NDArray[np.float64]) -> list[str | float]:
 
 def _counts_table(plan: Plan, counts: Sequence[Counted], fold: _Ints) -> dict[str, Any]:
     columns = [
-        "fold", "clients", "cohorts", "equal to the clear", "cells withheld", "strength of the prior",
+        "fold", "clients", "cohorts", "equal to the clear", "cells withheld", "prior's strength",
         "bytes a client", "seconds",
     ]  # fmt: skip
     rows = [
@@ -257,8 +257,8 @@ def _counts_table(plan: Plan, counts: Sequence[Counted], fold: _Ints) -> dict[st
     note = (
         f"Encrypted by one client a user, summed, opened, and cells of fewer than {least} people "
         "withheld by the key holder. Equal: every cell is what the counts in the clear are, those "
-        "withheld as zero. Cells without anybody count as withheld. Seconds: wall time of one process "
-        "that plays all roles, without a norm check."
+        "withheld as zero. Cells without anybody count as withheld. Seconds: wall time of one "
+        "process that plays all roles, without a norm check, on a machine that was busy."
     )
     return {"title": "Cohort counts, encrypted", "columns": columns, "rows": rows, "note": note}
 

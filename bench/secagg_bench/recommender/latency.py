@@ -1,8 +1,9 @@
-"""How long a recommendation takes on the device: exact and by a graph, 12 thousand and a million items.
+"""How long a recommendation takes on the device: exact and by a graph, of up to a million items.
 
-Vectors are generated: clusters in a space whose directions matter less and less, as those of trained
-tables do; a query is the mean of some items' vectors. Times are of the processor, on one thread, so
-that what else the machine does is left out. A vector is ready: fitting one is another matter.
+Vectors are generated: clusters in a space whose directions matter less and less, as those of
+trained tables do; a query is the mean of some items' vectors. Times are of the processor, on one
+thread, so that what else the machine does is left out. The user vector is ready: fitting one is
+another matter.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _STREAM_BUDGET = 16 << 20
 _COLUMNS = ["items", "d", "index", "p50 ms", "p99 ms", "recall@10", "build s", "MB on disk"]
 _NOTE = (
     "Processor time of one search on one thread: the ten best items for a ready vector, 100 own "
-    "items left out; 300 queries. Generated vectors. 'from a file' keeps the vectors in their file, "
-    "read block by block within 16 MB; they were in the system's cache. The graph looks at as many "
-    "items as its row says, at least, and scores those exactly; what it misses is what recall lacks. "
-    "On disk: vectors, biases, and the graph."
+    "items left out; 300 queries. Generated vectors. 'From a file' keeps them in their file, read "
+    "block by block within 16 MB; they were in the system's cache. The graph looks at as many "
+    "items as its row says, at least, and scores the best of them exactly; what it misses is what "
+    "recall lacks. On disk: vectors, biases, and the graph."
 )
 
 app = typer.Typer(help=__doc__)

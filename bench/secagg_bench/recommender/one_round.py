@@ -7,6 +7,7 @@ kept unless it is asked for.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -63,7 +64,9 @@ def main(
         found = json.loads(output.read_text(encoding="utf-8"))
     with Progress(console=out, disable=not out.is_terminal) as progress:
         for name in only or [name for name in SECTIONS if name not in found]:
-            found[name] = SECTIONS[name](data_dir, Sizes(), _Bars(progress))
+            measured = SECTIONS[name](data_dir, Sizes(), _Bars(progress))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found[name] = measured | {"peak_bytes": peak}
             _save(output, found)
     _save(output, found)
     out.print(f"wrote {output}", highlight=False)

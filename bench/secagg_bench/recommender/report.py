@@ -160,9 +160,7 @@ def _extra(name: str, trial: Trial, runs: Sequence[Mapping[str, Any]]) -> str | 
             if value != getattr(plain, key)
         )
     if name in _UPLOADS:
-        items, clients = _UPLOADS[name]
-        segments = trial.plan(items, TrainConfig().dimensions).segments
-        return make_plan(segments, max_clients=clients, norm_check=NormCheck()).payload_bytes
+        return _payload(name, trial)
     if name == "reach":
         return _reached([run["curve"] for run in runs if "curve" in run])
     if name == "best":
@@ -173,6 +171,13 @@ def _extra(name: str, trial: Trial, runs: Sequence[Mapping[str, Any]]) -> str | 
     if not values:
         return ""
     return round(values[0]) if name == "bytes" else _spread(values)
+
+
+def _payload(name: str, trial: Trial) -> int:
+    """Bytes of an upload with a norm check, by the name of a column."""
+    items, clients = _UPLOADS[name]
+    segments = trial.plan(items, TrainConfig().dimensions).segments
+    return make_plan(segments, max_clients=clients, norm_check=NormCheck()).payload_bytes
 
 
 def _reached(curves: Sequence[Sequence[float]]) -> str:
@@ -301,23 +306,28 @@ def _curves(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  # 
 
 
 def _bytes(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """A point a compression: its kind by colour, its strength by label."""
-    kinds = {"bits": "fewer bits", "rank": "low rank", "feed": "subset, error feedback"}
-    kinds["subset"] = "random subset"
-    for colour, (sign, kind) in zip(_COLOURS, kinds.items(), strict=False):
-        points = []
-        for label, trial in section.rows.items():
-            mine = next(s for s in kinds if s in label) == sign
-            runs = [run for run in _runs(trial, trials) if "metrics" in run] if mine else []
-            if runs:
-                points.append(
-                    (runs[0]["bytes"] / 1000, np.mean([r["metrics"]["hr10"] for r in runs]))
-                )
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=kind, ms=4.5)
-    _tidy(axes, section.title, "kB of a client's upload in a round")
+    """A point a compression: its kind by colour, from weak to strong."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for trial in section.rows.values():
+        runs = [run["metrics"]["hr10"] for run in _runs(trial, trials) if "metrics" in run]
+        if runs:
+            size = _payload("large", trial) / (
+                _UPLOADS["large"][0] * (TrainConfig().dimensions + 1)
+            )
+            points.setdefault(_kind(trial), []).append((size, np.mean(runs)))
+    for colour, (kind, places) in zip(_COLOURS, points.items(), strict=False):
+        axes.plot(*zip(*places, strict=True), "o-", color=colour, label=kind, ms=4.5)
+    _tidy(axes, section.title, "bytes a parameter, with norm check; 12,101 items, 100 clients")
     if axes.lines:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _kind(trial: Trial) -> str:
+    if trial.rank:
+        return "low rank"
+    if trial.subset == 1:
+        return "fewer bits"
+    return "random subset" + (", error feedback" if trial.feedback else "")
 
 
 def _devices(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  # noqa: ANN401
@@ -328,7 +338,7 @@ def _devices(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  #
             values = [run[key] for run in _runs(trial, trials) if key in run]
             label = f"users of {key} silos" if place == 0 else None
             axes.plot(values, [place + shift] * len(values), "o", color=colour, ms=4.5, label=label)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     _tidy(axes, section.title, "HR@10, a point a seed", "")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, loc="best")

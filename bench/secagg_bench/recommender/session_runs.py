@@ -1,10 +1,10 @@
 """The session model on Amazon Beauty: federated in floats, encrypted, centralised, and stacked.
 
 Published figures and the floor of transition counts are of models that have not seen each user's
-last but one item; it is tuned with here, and held back from training too, but belongs to the history
-that is scored from. One more run trains on whole histories. Sums are of the very integers that
-clients encrypt; where a run is encrypted, each round's sum is compared with that in the clear by its
-SHA-256. Read `sessions` next.
+last but one item. It is held back from training here as well, and tuned with, but belongs to the
+history that is scored from. One more run trains on whole histories. Sums are of the very integers
+that clients encrypt; where a run is encrypted, each round's sum is compared with that in the clear
+by its SHA-256. Read `sessions` next.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ import numpy as np
 import numpy.typing as npt
 
 from secagg.optimisers import Optimiser
-from secagg.parameters import FloatSegment, Plan
+from secagg.parameters import MIN_COHORT, FloatSegment, Plan
 from secagg.planner import plan_tensors
 from secagg.quantize import flatten, unflatten
 from secagg_bench.baselines import federated_average
 from secagg_bench.recommender.one_round_runs import held_back
 from secagg_bench.recommender.sums import Encrypting, Sent, add_in_the_clear
-from secagg_recommender.content import ItemContent, item_content
-from secagg_recommender.datasets import DatasetName, read_dataset
+from secagg_recommender.content import BUCKETS, ItemContent, item_content
+from secagg_recommender.datasets import Dataset, DatasetName, read_dataset
 from secagg_recommender.evaluation import Evaluator, Metrics, ScoresFn
 from secagg_recommender.factorisation import SharedTensors
 from secagg_recommender.histories import HistoryModel, histories_of, scores_on
-from secagg_recommender.interactions import NO_TEST_ITEM, DataError, Split, split_leave_one_out
+from secagg_recommender.interactions import NO_TEST_ITEM, Split, split_leave_one_out
 from secagg_recommender.partition import partition_users
-from secagg_recommender.session_model import (
-    ATTRIBUTES,
+from secagg_recommender.session_model import ATTRIBUTES, SessionModel
+from secagg_recommender.session_silo import (
     SessionConfig,
-    SessionModel,
     SessionSilo,
     init_session,
     session_shapes,
@@ -53,8 +52,7 @@ Progressed = Callable[[str, int, int], None]
 """Told a name, and how many of how many rounds are done."""
 
 _EVALUATION_SEED: Final = 0
-_CLIP: Final = 2.0
-_WEIGHT_CAP: Final = 1_000
+_CLIP: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class Recipe:
     learning_rate: float = 0.025
     tau: float = 1e-5
     seed: int = 0
-    buckets: int = 224
+    buckets: int = BUCKETS
     config: SessionConfig = field(default_factory=SessionConfig)
 
 
@@ -113,13 +111,11 @@ class SessionData:
         Raises:
             DataError: the data set has no attributes.
         """
-        attributes = self._dataset.attributes
-        if attributes is None:
-            raise DataError(f"expected a data set with attributes; {self.name} has none")
-        return item_content(attributes, self._dataset.interactions.item_labels, buckets=buckets)
+        labels = self._dataset.interactions.item_labels
+        return item_content(self._dataset.attributes, labels, buckets=buckets)
 
     @cached_property
-    def _dataset(self) -> Any:  # noqa: ANN401 - see read_dataset
+    def _dataset(self) -> Dataset:
         return read_dataset(self.name, self.data_dir)
 
 
@@ -181,7 +177,7 @@ class Federation:
 
     def _mean(self, number: int, sent: list[Sent]) -> npt.NDArray[np.float64]:
         if self.recipe.kind == "float":
-            mean = federated_average([s.update for s in sent], [s.samples for s in sent])
+            mean = federated_average([s.update for s in sent], [1.0] * len(sent))
             return flatten(self._segment, mean).astype(np.float64)
         add = self.encrypting or add_in_the_clear
         return add(self.plan, number, sent, self.recipe.seed).flat_mean()
@@ -196,13 +192,9 @@ class Federation:
 
 
 def session_plan(content: ItemContent, config: SessionConfig, clients: int) -> Plan:
-    """8 bits a number, weighted by samples."""
+    """8 bits a number. Equal weights: silos are alike, and a weight would cost resolution."""
     return plan_tensors(
-        session_shapes(content, config),
-        max_clients=clients,
-        clip=_CLIP,
-        weighting="samples",
-        weight_cap=_WEIGHT_CAP,
+        session_shapes(content, config), max_clients=max(clients, MIN_COHORT), clip=_CLIP
     )
 
 
