@@ -41,17 +41,17 @@ from secagg.errors import (
 from secagg.failpoints import failpoint
 from secagg.logs import where
 from secagg.noise_audit import dithered
-from secagg.optimisers import OptimiserState
-from secagg.parameters import FloatSegment, Plan
+from secagg.parameters import Plan
 from secagg.release import Release
 from secagg.residues import ResidueSum, folded, widen
 from secagg.sampling import Stream
 from secagg.transcript import digest
 from secagg.upload import Admission
-from secagg.wire.codec import model_digest, model_from_bytes, model_to_bytes, sums_to_bytes
+from secagg.wire.codec import model_digest, sums_to_bytes
 from secagg_server.blobs import BlobStore
 from secagg_server.clock import Clock
 from secagg_server.key_holder import KeyHolderStub, ReleasedSums, patiently
+from secagg_server.learning import figure, following_clip, move_model
 from secagg_server.norms import NormJudge
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.spending import loss, require_room, spent_in_full
@@ -504,10 +504,10 @@ class Coordinator:
         release_ms: float,
     ) -> None:
         """Store sums and the next model, then record both in one transaction."""
-        change = None
+        change, version = None, self._store.task(spec.task_id).model_version
         if spec.model:
             try:
-                change = self._move_model(spec, spec.model, release)
+                change = move_model(self._blobs, spec, version, release)
             except ReleaseError as error:
                 # Released once, never again: the round is lost, the task goes on.
                 self._store.void_round(row.key, _reason(error), loss(release.plan))
@@ -521,8 +521,8 @@ class Coordinator:
             release_ms=release_ms,
             has_model=spec.model is not None,
             rho=loss(release.plan),
-            clip=_following_clip(spec, row, release),
-            figure=_figure(spec, release),
+            clip=following_clip(spec, row.clip, release),
+            figure=figure(spec, release),
             change=change,
         )
         failpoint("round-finished")
@@ -534,60 +534,9 @@ class Coordinator:
             model_version=version,
         )
 
-    def _move_model(self, spec: TaskSpec, segment: FloatSegment, release: Release) -> float | None:
-        """Store the next model, and what the optimiser remembers with it.
-
-        Both follow from those of the version before, which stay as they are, so that this can be
-        done again. Nobody reads either before the store names the version.
-
-        Returns:
-            The relative change; None from a model of zeros.
-
-        Raises:
-            ReleaseError: the mean cannot be used.
-        """
-        version = self._store.task(spec.task_id).model_version
-        model = model_from_bytes(self._blobs.model(spec.task_id, version), segment.parameters)
-        state = self._remembered(spec, segment, version)
-        moved, state = spec.optimiser.step(model, release.flat_mean(), state)
-        if spec.optimiser.remembers:
-            data = spec.optimiser.state_to_bytes(state)
-            self._blobs.put_optimiser(spec.task_id, version + 1, data)
-        failpoint("optimiser-stored")
-        self._blobs.put_model(spec.task_id, version + 1, model_to_bytes(moved))
-        failpoint("model-stored")
-        return _relative_change(model, moved)
-
-    def _remembered(self, spec: TaskSpec, segment: FloatSegment, version: int) -> OptimiserState:
-        if version == 0 or not spec.optimiser.remembers:
-            return spec.optimiser.initial(segment.parameters)
-        data = self._blobs.optimiser(spec.task_id, version)
-        return spec.optimiser.state_from_bytes(data, segment.parameters)
-
 
 def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
     return dithered(plan, residues, Stream(key))
-
-
-def _relative_change(model: NDArray[np.float32], moved: NDArray[np.float32]) -> float | None:
-    length = float(np.linalg.norm(model.astype(np.float64)))
-    return float(np.linalg.norm(moved.astype(np.float64) - model)) / length if length else None
-
-
-def _figure(spec: TaskSpec, release: Release) -> float | None:
-    """The share of hits by which a task may stop; None where the clients' counts are none."""
-    if spec.stop is None or not spec.stop.figure:
-        return None
-    hits, users = release.total(spec.stop.figure).tolist()
-    return hits / users if 0 <= hits <= users and users else None
-
-
-def _following_clip(spec: TaskSpec, row: RoundRow, release: Release) -> float | None:
-    """Clip norm of the rounds after this one; None for the plan's in every round."""
-    if spec.adaptive_clip is None or spec.model is None:
-        return None
-    clip = spec.model.clip if row.clip is None else row.clip
-    return spec.adaptive_clip.following(clip, release.clip_fraction(), spec.model.clip)
 
 
 def _check_quorum(context: RoundContext, uploads: int) -> None:

@@ -17,7 +17,7 @@ from secagg_client.config import ClientSettings
 from secagg_client.learners import Part, load_learner
 from secagg_client.participate import _counts
 from secagg_client.serve import CohortStart, recommend_for
-from secagg_recommender.cohorts import AGE_GENDER, COHORT_COUNTS
+from secagg_recommender.cohorts import AGE_GENDER, COHORT_COUNTS, CohortTable
 from secagg_recommender.interactions import DataError
 from secagg_recommender.learner import Assignment
 from secagg_server.task_files import read_task
@@ -61,8 +61,10 @@ def test_people_join_the_prepared_task_and_newcomers_start_from_its_model(tmp_pa
     (best, *_) = recommend_for(
         settings(tmp_path), user=None, items=None, top=1, model=None, cohort=start
     )
-    kept = np.where(has < 2, 0, has)
-    assert kept[1, int(best.item)] == kept[1].max() >= 2
+    clear = np.zeros((len(AGE_GENDER), ITEMS + 1))
+    clear[:2, 0], clear[:2, 1:] = people // 2, np.where(has < 2, 0, has)
+    expected = CohortTable.released(clear, len(AGE_GENDER), 2).start(1)
+    assert (int(best.item), best.score) == (expected.argmax(), pytest.approx(expected.max()))
 
 
 @pytest.mark.parametrize("cohort", [None, "elves", "", "f 25-34"])

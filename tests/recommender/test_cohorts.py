@@ -1,5 +1,8 @@
 """A start from one's cohort: exact thresholded counts, and what is made of them."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -20,9 +23,13 @@ from secagg_recommender.cohorts import (
     cells_of,
     cohort_plan,
 )
+from secagg_recommender.datasets import dataset_folder
 from secagg_recommender.interactions import DataError
 from secagg_recommender.learner import Assignment
+from secagg_recommender.movielens import load_movielens_users
 
+REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
+HAS_USERS = bool(REAL_DATA) and Path(REAL_DATA, "ml-100k", "recbole_ml-100k.user.tsv").is_file()
 COHORTS, ITEMS, LEAST = 3, 7, 2
 # Two and three people who like alike, and one alone in a cohort.
 PEOPLE = [(0, [1, 2]), (0, [1]), (1, [4, 5]), (1, [4]), (1, [0, 4, 5]), (2, [6])]
@@ -222,6 +229,14 @@ def test_models_of_another_task_are_refused(name: str, clients: int) -> None:
 def test_a_cohort_that_is_not_there_is_refused(cohort: int) -> None:
     with pytest.raises(DataError, match="expected a cohort in"):
         table().start(cohort)
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not HAS_USERS, reason="SECAGG_DATA_DIR has no users of MovieLens 100K")
+def test_the_users_of_movielens_fall_into_cohorts() -> None:
+    people = load_movielens_users(dataset_folder("ml-100k", REAL_DATA)).values()
+    cohorts = [age_gender(person.age, person.gender) for person in people]
+    assert np.bincount(cohorts).tolist() == [68, 79, 92, 34, 166, 231, 182, 91]
 
 
 # --- names --------------------------------------------------------------------------------------
