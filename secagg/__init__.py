@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from secagg.encryptor import Encryptor
     from secagg.errors import SecaggError
     from secagg.keyholder import KeyHolder
+    from secagg.optimisers import Optimiser
     from secagg.parameters import (
         FloatSegment,
         IntegerSegment,
+        LowRank,
         NormCheck,
         Plan,
         Privacy,
+        RandomSubset,
         RowThreshold,
         TensorSpec,
     )
@@ -46,6 +49,9 @@ _HOME = {
     "FloatSegment": "parameters",
     "IntegerSegment": "parameters",
     "KeyHolder": "keyholder",
+    "LowRank": "parameters",
+    "Optimiser": "optimisers",
+    "RandomSubset": "parameters",
     "Plan": "parameters",
     "Privacy": "parameters",
     "RowThreshold": "parameters",
@@ -71,9 +77,12 @@ __all__ = [
     "FloatSegment",
     "IntegerSegment",
     "KeyHolder",
+    "LowRank",
     "NormCheck",
+    "Optimiser",
     "Plan",
     "Privacy",
+    "RandomSubset",
     "Release",
     "RoundContext",
     "RowThreshold",

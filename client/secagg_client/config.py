@@ -63,6 +63,9 @@ class ClientSettings(Settings):
     )
     local_epochs: int = Field(2, ge=1, description="passes over the silo's data in a round")
     proximal: float = Field(0.0, ge=0, description="FedProx's mu, the pull to the round's model")
+    error_feedback: bool = Field(
+        True, description="add what compression has left out of an update to the next one"
+    )
     max_train_seconds: float | None = Field(
         None, gt=0, description="train on fewer batches, for about so long a round"
     )

@@ -104,10 +104,12 @@ class Device:
 
     Args:
         learner: in the state that it has before its first round.
+        feedback: whether what compression leaves out of an update goes into the next one.
     """
 
-    def __init__(self, learner: Learner, state: StateDir) -> None:
+    def __init__(self, learner: Learner, state: StateDir, *, feedback: bool = True) -> None:
         self._learner = learner
+        self._feedback = feedback
         self._state = state
         self._start = learner.state()
 
@@ -126,7 +128,9 @@ class Device:
         if work is None:
             _LOG.info("round_sat_out", round=current.number)
             return None
-        made, left = _with_rest(current, work, rest)
+        made, left = (
+            _with_rest(current, work, rest) if self._feedback else (dict(work.arrays), None)
+        )
         made |= _counts(current.context.plan, self._learner)
         try:
             cost = current.contribute(made, samples=work.samples)
@@ -176,7 +180,8 @@ def participate(
                 record.settle()
                 if device is None:
                     segments = [segment.name for segment in current.context.plan.segments]
-                    device = Device(load_learner(part, segments), state)
+                    learner = load_learner(part, segments)
+                    device = Device(learner, state, feedback=settings.error_feedback)
                 report = device.take_part(current)
                 if report is not None:
                     record.add(report, current.rounds_total)

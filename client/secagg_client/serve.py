@@ -25,9 +25,10 @@ from secagg_recommender.cohorts import AGE_GENDER, CohortTable
 from secagg_recommender.datasets import load_dataset
 from secagg_recommender.explain import fit_effects, history_effects, reasons
 from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
+from secagg_recommender.graph_index import GraphIndex
 from secagg_recommender.histories import HistoryModel, history_model
 from secagg_recommender.hybrid import ServerScores, refine
-from secagg_recommender.index import ExactIndex, GraphIndex, Hits, ItemIndex
+from secagg_recommender.index import ExactIndex, Hits, ItemIndex
 from secagg_recommender.index_files import open_index, save_index
 from secagg_recommender.interactions import DataError, Interactions, split_leave_one_out
 from secagg_recommender.recommend import best_items, titled

@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from secagg_recommender.index import BUDGET_BYTES, ExactIndex, GraphIndex, new_graph
+from secagg_recommender.graph_index import GraphIndex, new_graph
+from secagg_recommender.index import BUDGET_BYTES, ExactIndex
 from secagg_recommender.interactions import DataError
 
 __all__ = ["open_index", "save_index"]

@@ -12,7 +12,8 @@ from secagg.planner import plan_tensors
 from secagg_bench.recommender import cold_start, latency
 from secagg_recommender.cohorts import CohortLearner, cohort_plan
 from secagg_recommender.factorisation import TrainConfig
-from secagg_recommender.index import ExactIndex, recall
+from secagg_recommender.graph_index import recall
+from secagg_recommender.index import ExactIndex
 from secagg_recommender.interactions import DataError, Split, from_events, split_leave_one_out
 
 USERS, ITEMS = 45, 30

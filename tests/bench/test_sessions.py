@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from secagg_bench.recommender import sessions
+from secagg_bench.recommender import session_runs, sessions
 from secagg_bench.recommender.session_runs import (
     Federation,
     Recipe,
@@ -109,8 +109,21 @@ def test_stacks_tell_their_numbers_apart() -> None:
     assert all(0 <= each["test"]["hr10"] <= 1 for each in (several, neighbours, everything))
 
 
-def test_new_items_are_out_of_training_and_ranked_by_their_attributes() -> None:
+def test_new_items_are_out_of_training_and_ranked_by_their_attributes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained_on: list[Split] = []
+
+    class Watched(Federation):
+        def __init__(self, recipe: Recipe, split: Split, content: ItemContent) -> None:
+            trained_on.append(split)
+            super().__init__(recipe, split, content)
+
+    monkeypatch.setattr(session_runs, "Federation", Watched)
     found = cold_run(replace(RECIPE, kind="float"), Toy(None), silent, share=0.2)
+    (split,) = trained_on
+    items, left = np.unique(Toy(None).train.train_items), np.unique(split.train_items)
+    assert items.size - found["items"] <= left.size < items.size
     assert found["items"] == ITEMS // 5
     assert 0 < found["users"] < USERS
     assert [row["vector"] for row in found["rows"]] == ["of its attributes", "none"]

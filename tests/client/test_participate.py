@@ -211,6 +211,19 @@ def test_what_compression_leaves_out_goes_into_the_next_update(tmp_path: Path) -
         assert any(np.abs(value).max() > 0 for value in owed.values())
 
 
+def test_without_feedback_what_is_left_out_is_gone(tmp_path: Path) -> None:
+    learner = load_learner(Part.of(_settings(tmp_path)), ["update"])
+    device = Device(learner, StateDir(tmp_path / "s"), feedback=False)
+    other = _device(_settings(tmp_path, state_dir=tmp_path / "whole"))
+    for number in (1, 2):
+        current, plain = _compressed(number), _Round(number)
+        device.take_part(current)
+        other.take_part(plain)  # type: ignore[arg-type]
+        for name, value in plain.update.items():
+            np.testing.assert_array_equal(current.update[name], value)
+    assert not list((tmp_path / "s").glob("left-over-*"))
+
+
 def test_another_attempt_starts_from_the_same_left_overs(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     device = _device(settings)
@@ -711,6 +724,26 @@ def test_wishes_that_cannot_be_met_are_told_by_their_name(
     assert result.exit_code == code, result.output
     assert said in " ".join(result.output.split())
     assert not (tmp_path / "work" / "initial.npz").exists()
+
+
+def test_a_downloaded_model_can_name_its_items(made: Site, tmp_path: Path) -> None:
+    kit, file = str(made.federation.kit(CLIENTS[0])), tmp_path / "out.npz"
+    command = ["model", str(file), "--server", made.server, "--kit", kit]
+    initial = tmp_path / "work" / "initial.npz"
+    result = CliRunner().invoke(app, [*command, "--labels", str(initial)])
+    assert result.exit_code == 0, result.output
+    with np.load(file) as found, np.load(initial) as prepared:
+        assert sorted(found.files) == sorted(prepared.files)
+        assert {n: found[n].shape for n in found.files} == {
+            n: prepared[n].shape for n in prepared.files
+        }
+        np.testing.assert_array_equal(found["item_labels"], prepared["item_labels"])
+    file.unlink()
+    np.savez(tmp_path / "none.npz", item_bias=np.zeros(3))
+    result = CliRunner().invoke(app, [*command, "--labels", str(tmp_path / "none.npz")])
+    assert result.exit_code == 65
+    assert "item_labels" in result.output
+    assert not file.exists()
 
 
 @pytest.fixture

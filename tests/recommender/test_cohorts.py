@@ -179,8 +179,8 @@ def test_a_withheld_cell_is_below_the_threshold_and_not_nothing() -> None:
     """Everybody else has the item; this cohort's cell is missing: few, but perhaps not none."""
     cells = np.array([[50, 40, 10], [50, 0, 10]])
     made = CohortTable.released(cells, 2, 10)
-    rate = 1 / (1 + np.exp(-made.start(1)))
-    assert 0 < rate[0] < (9 + made.strength() * 0.41) / (50 + made.strength())
+    rate, strength = 1 / (1 + np.exp(-made.start(1))), made.strength()
+    assert rate[0] == pytest.approx((9 + strength * 40.5 / 101) / (50 + strength))
 
 
 @given(st.lists(PERSON, min_size=3, max_size=30), st.integers(2, 5))

@@ -65,8 +65,8 @@ def test_a_vector_that_was_trained_is_explained_by_what_it_would_lose() -> None:
     """Not at its optimum: what is missing to it is no item's effect."""
     shared, own = model(), [3, 8, 30, 44]
     fitted = fit_user(shared, np.array(own), CONFIG)
-    there, near = effects(fitted, shared, own, [0, 1]), effects(fitted * 1.05, shared, own, [0, 1])
-    assert np.allclose(there, near, atol=0.15 * np.abs(there).max())
+    there, far = effects(fitted, shared, own, [0, 1]), effects(fitted * 1.3, shared, own, [0, 1])
+    assert np.allclose(there, far, atol=0.25 * np.abs(there).max())
 
 
 def test_without_its_only_item_a_vector_is_nothing() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from secagg.errors import ConfigurationError
 from secagg_recommender import index as module
-from secagg_recommender.index import ExactIndex, GraphIndex, Hits, best_of, recall
+from secagg_recommender.graph_index import GraphIndex, recall
+from secagg_recommender.index import ExactIndex, Hits, best_of
 from secagg_recommender.index_files import open_index, save_index
 from secagg_recommender.interactions import DataError
 
@@ -51,7 +52,7 @@ def test_any_catalogue_in_any_blocks_is_as_brute_force_has_it(
     own = draw.draw(st.sets(st.integers(0, n_items - 1)))
     query = np.random.default_rng(seed).integers(-2, 3, d).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MOST_BLOCK_ITEMS", block)
+        patch.setattr(module, "MOST_BLOCK_ITEMS", block)
         cut = draw.draw(st.integers(1, n_items))
         index = ExactIndex(made[0][:cut], made[1][:cut])
         if cut < n_items:

@@ -14,7 +14,7 @@ from secagg.parameters import FloatSegment, IntegerSegment, TensorSpec
 from secagg_recommender.attributes import attributes_of
 from secagg_recommender.content import ItemContent, item_content
 from secagg_recommender.factorisation import SharedTensors
-from secagg_recommender.histories import scores_on
+from secagg_recommender.histories import history_model, scores_on
 from secagg_recommender.interactions import DataError, Split
 from secagg_recommender.learner import Assignment
 from secagg_recommender.pair_tables import PairCounts
@@ -424,6 +424,8 @@ def test_a_stack_comes_back() -> None:
     stacked = StackedModel(model(), counted([[0, 5]]), weight=1.5, gain=7.0)
     again = StackedModel.from_tensors(stacked.tensors())
     assert stacked.tensors().keys() == StackedModel.names()
+    assert isinstance(history_model(stacked.tensors()), StackedModel)
+    assert isinstance(history_model(stacked.session.tensors()), SessionModel)
     np.testing.assert_array_equal(again.score(np.array([0])), stacked.score(np.array([0])))
 
 

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import typer
 
 from secagg_bench.one_core import in_child, machine, pin, timed
-from secagg_recommender.index import ExactIndex, GraphIndex, ItemIndex, recall
+from secagg_recommender.graph_index import GraphIndex, recall
+from secagg_recommender.index import ExactIndex, ItemIndex
 from secagg_recommender.index_files import open_index, save_index
 
 __all__ = ["app", "catalogue", "measure", "queries"]
