@@ -12,8 +12,9 @@ update by 1 / (r·p) on top of its samples:
   is divided by its progress. Batches are drawn uniformly, so this is unbiased to first order in the
   learning rate. Adam's first steps are no gradient steps; there it holds on the whole only.
 
-The weight is both in the numerator and the denominator of the mean: the mean's direction is kept,
-and it is shorter, by the mean progress. Weights travel encrypted, so nobody learns who is weak.
+The weight is both in the numerator and the denominator of the mean. That keeps its direction; where
+batches were left out it is shorter (by the harmonic mean of r), which a larger learning rate of the
+server makes up for. Weights travel encrypted, so nobody learns who trains less.
 """
 
 from __future__ import annotations
