@@ -299,8 +299,8 @@ def _ids(kind: str, labels: tuple[str, ...], wanted: list[str]) -> _Ids:
     unknown = [label for label in wanted if label not in numbers]
     if unknown or not wanted:
         raise DataError(
-            f"expected known {kind} labels; got unknown={unknown[:5]}; see the data set, or start "
-            "from a cohort where there are none"
+            f"expected {kind} labels of this data set, such as {', '.join(labels[:3])}; got "
+            f"unknown={unknown[:5]}; correct them, or start from a cohort where there are none"
         )
     return np.array([numbers[label] for label in wanted], dtype=np.int64)
 

@@ -26,7 +26,8 @@ __all__ = ["OPTIMISER", "content_and_config", "prepare_session", "session_model_
 OPTIMISER: Final = Optimiser("adam", learning_rate=0.02, tau=1e-5)
 """What turns gradients into steps, unless the operator asks for another one."""
 
-# Nine in ten gradients of fifty shoppers are shorter; what is cut keeps its direction.
+# Gradients of fifty shoppers have norms of 0.4 in the first rounds, 0.9 to 1.6 in the last. What is
+# cut keeps its direction, which is what Adam goes by; and a smaller range is resolved finer.
 _CLIP: Final = 1.0
 
 _TASK = """\

@@ -41,8 +41,8 @@ class StackedModel:
 
     session: SessionModel
     pairs: Transitions
-    weight: float = 2.0
-    gain: float = 100.0
+    weight: float = 8.0
+    gain: float = 10.0
 
     def __post_init__(self) -> None:
         """Check once, so that nothing downstream has to."""
@@ -102,13 +102,20 @@ class StackedModel:
         return self.session.terms(history, item) + counted
 
 
-def frequent_pairs(pairs: PairCounts, least: int) -> PairCounts:
-    """Only pairs that were counted ``least`` times or more.
+def frequent_pairs(pairs: PairCounts, users: PairCounts, least: int) -> PairCounts:
+    """Only pairs that ``least`` users or more have.
+
+    Args:
+        pairs: what to keep a part of.
+        users: how many users have each pair.
 
     Raises:
-        DataError: ``least`` is below 1.
+        DataError: ``least`` is below 1, or the two are of different catalogues.
     """
-    if least < 1:
-        raise DataError(f"expected least >= 1, got least={least}; 1 keeps all pairs")
-    kept = pairs.counts >= least
+    if least < 1 or pairs.n_items != users.n_items:
+        raise DataError(
+            f"expected least >= 1 and pairs of one catalogue, got least={least}, "
+            f"items={pairs.n_items} and {users.n_items}; 1 keeps all pairs"
+        )
+    kept = np.isin(pairs.keys, users.keys[users.counts >= least])
     return PairCounts(pairs.n_items, pairs.keys[kept], pairs.counts[kept])

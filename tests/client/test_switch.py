@@ -106,13 +106,17 @@ def outbox(tmp_path: Path) -> Path:
 
 
 def waiting(naps: list[float], then: Callable[[], None]) -> RetryPolicy:
-    """A policy that notes how long it waits, and does something at the third time."""
+    """A policy that notes how long a pause is waited out, and does something at the third time.
+
+    Waiting for a round that is not open yet is not counted: it may happen, or not.
+    """
     policy = quick_retry()
 
     def nap(seconds: float) -> None:
-        naps.append(seconds)
-        if len(naps) == 3:
-            then()
+        if seconds == PAUSE_POLL_S:
+            naps.append(seconds)
+            if len(naps) == 3:
+                then()
         policy.sleep(seconds)
 
     return replace(policy, sleep=nap)

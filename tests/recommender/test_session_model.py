@@ -439,8 +439,11 @@ def test_stacks_that_make_no_sense_are_refused() -> None:
 
 def test_frequent_pairs_are_those_of_several() -> None:
     pairs = PairCounts.of(3, np.array([1, 1, 5]), np.array([1, 1, 1]))
-    assert frequent_pairs(pairs, 2).keys.tolist() == [1]
-    assert frequent_pairs(pairs, 1).keys.tolist() == [1, 5]
-    assert frequent_pairs(pairs, 3).keys.tolist() == []
-    with pytest.raises(DataError, match="least >= 1"):
-        frequent_pairs(pairs, 0)
+    weighted = PairCounts.of(3, np.array([1, 5]), np.array([8, 16]))
+    kept = frequent_pairs(weighted, pairs, 2)
+    assert (kept.keys.tolist(), kept.counts.tolist()) == ([1], [8])
+    assert frequent_pairs(weighted, pairs, 1).keys.tolist() == [1, 5]
+    assert frequent_pairs(weighted, pairs, 3).keys.tolist() == []
+    for least, other in ((0, pairs), (1, PairCounts.of(4, np.array([1]), np.array([1])))):
+        with pytest.raises(DataError, match="least >= 1"):
+            frequent_pairs(weighted, other, least)

@@ -53,8 +53,8 @@ _INTRO: Final = """\
 Leave-one-out: each user's last item among 99 sampled negatives (mean of three draws), and among all
 items. Means ± standard deviations over {seeds} seeds, each of which deals the users out anew; the
 sampling error of 943 test items comes on top (about 1.5 points of HR@10) and is common to all rows.
-Federated rows are sums of the very integers that clients would encrypt; the last of these tables
-shows that encryption opens the same ones. Where there was something to choose, candidates ran once
+Federated rows are sums of the very integers that clients would encrypt; the table on encryption
+shows that it opens the same ones. Where there was something to choose, candidates ran once
 with a validation item held out, each user's last but one, and another seed; test items played no
 part in it.
 

@@ -202,7 +202,7 @@ def _sections(best: Callable[[str], Trial]) -> list[Section]:
             "shoppers",
             "Generated shoppers of a real product catalogue",
             "Shoppers are generated: this shows how methods compare, not how well anybody is "
-            "recommended to.",
+            "recommended to. FedProx with μ 0.001, not chosen on anything.",
             _shoppers(),
             ("skew", "best"),
         ),

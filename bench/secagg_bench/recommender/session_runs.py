@@ -44,7 +44,12 @@ from secagg_recommender.session_silo import (
 )
 from secagg_recommender.stacked import StackedModel, frequent_pairs
 from secagg_recommender.trained import hold_out
-from secagg_recommender.transitions import Transitions, popularity, transition_counts
+from secagg_recommender.transitions import (
+    DISTANCE_WEIGHTS,
+    Transitions,
+    popularity,
+    transition_counts,
+)
 
 __all__ = ["Federation", "Progressed", "Recipe", "SessionData", "cold_run", "session_run", "stacks"]
 
@@ -233,7 +238,7 @@ def measured(evaluator: Evaluator, model: HistoryModel, split: Split) -> dict[st
 
 # --- on top of counts -----------------------------------------------------------------------------
 
-_WEIGHTS: Final = (1.0, 2.0, 3.0)
+_WEIGHTS: Final = (1.0, 2.0, 4.0, 8.0)
 _GAINS: Final = (10.0, 100.0, 1000.0)
 _TUNED_ON: Final = 3_000
 """Users that weight and gain are chosen with, by their validation items."""
@@ -241,19 +246,27 @@ _TUNED_ON: Final = 3_000
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Which counts a session model is stacked on."""
+    """Which counts a session model is stacked on.
+
+    Attributes:
+        distances: what a pair counts by distance.
+        least: users that have a pair at one of these distances, for it to count.
+        damping: of `Transitions`.
+        weight, gain: of `StackedModel`, for where there is no validation item left to tune with.
+    """
 
     name: str
-    weights: tuple[int, ...] | None
+    distances: tuple[int, ...]
     least: int
-    backward: float = 0.0
-    damping: float = 1.0
+    damping: float
+    weight: float = 8.0
+    gain: float = 10.0
 
 
 _COUNTS: Final = (
-    _Counts("neighbours that two or more users have", (1,), 2),
-    _Counts("all neighbours", (1,), 1, damping=0.5),
-    _Counts("all pairs, by distance", (8, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1), 1, 0.25, 0.5),
+    _Counts("neighbours that two or more users have", (1,), 2, 1.0),
+    _Counts("pairs that two or more users have", DISTANCE_WEIGHTS, 2, 1.0),
+    _Counts("all pairs", DISTANCE_WEIGHTS, 1, 0.5),
 )
 
 
@@ -272,7 +285,7 @@ def _stack(
     session: SessionModel, counts: _Counts, data: SessionData, *, whole: bool
 ) -> dict[str, Any]:
     tuning, _ = _transitions(data.train, counts)
-    weight, gain = _tuned(session, tuning, data) if not whole else (2.0, 100.0)
+    weight, gain = (counts.weight, counts.gain) if whole else _tuned(session, tuning, data)
     pairs, numbers = _transitions(data.split if whole else data.train, counts)
     stacked = StackedModel(session, pairs, weight, gain)
     return {
@@ -289,10 +302,11 @@ def _stack(
 def _transitions(split: Split, counts: _Counts) -> tuple[Transitions, int]:
     """The model of counts, and how many numbers it is made of."""
     histories = histories_of(split, range(split.n_users))
-    pairs = transition_counts(histories, split.n_items, counts.weights)
-    pairs = frequent_pairs(pairs, counts.least)
+    pairs = transition_counts(histories, split.n_items, counts.distances)
+    having = transition_counts(histories, split.n_items, (1,) * len(counts.distances))
+    pairs = frequent_pairs(pairs, having, counts.least)
     users = popularity(histories, split.n_items)
-    model = Transitions.of(pairs, users, backward=counts.backward, damping=counts.damping)
+    model = Transitions.of(pairs, users, backward=0.0, damping=counts.damping)
     return model, int(pairs.keys.size)
 
 
@@ -302,18 +316,16 @@ def _tuned(session: SessionModel, pairs: Transitions, data: SessionData) -> tupl
     test_item = np.full_like(tuned_on.test_item, NO_TEST_ITEM)
     test_item[users] = tuned_on.test_item[users]
     evaluator = Evaluator(replace(tuned_on, test_item=test_item), _EVALUATION_SEED)
-    parts = {user: (scores_on(m, data.train)) for user, m in (("s", session), ("p", pairs))}
-    kept: dict[bytes, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+    models = [scores_on(model, data.train) for model in (session, pairs)]
+    kept: dict[bytes, list[npt.NDArray[np.float32]]] = {}
 
     def stacked(weight: float, gain: float) -> ScoresFn:
         def scores(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
             key = asked.tobytes()
             if key not in kept:
-                kept[key] = (
-                    parts["s"](asked).astype(np.float32),
-                    parts["p"](asked).astype(np.float32),
-                )
-            return np.asarray(kept[key][0] + weight * np.log1p(gain * kept[key][1]))
+                kept[key] = [score(asked).astype(np.float32) for score in models]
+            own, votes = kept[key]
+            return np.asarray(own + weight * np.log1p(gain * votes))
 
         return scores
 
