@@ -60,7 +60,12 @@ privacy: $(STAMP) ## Measure what privacy costs, and attacks with and without it
 	$(BIN)/python -m secagg_bench.privacy --table docs/privacy-results.md
 	$(BIN)/python -m secagg_bench.readme
 
-recommender: $(STAMP) ## Measure the recommender: optimisers, partitions, compression, devices (needs SECAGG_DATA_DIR, an hour)
+recommender: $(STAMP) ## Measure what the recommender reaches, and draw its catalogue (needs SECAGG_DATA_DIR, hours)
+	$(BIN)/python -m secagg_bench.recommender.one_round
+	$(BIN)/python -m secagg_bench.recommender.sessions
+	$(BIN)/python -m secagg_bench.recommender.cold_start
+	$(BIN)/python -m secagg_bench.recommender.latency run
+	$(BIN)/python -m secagg_bench.recommender.figures docs
 	$(BIN)/python -m secagg_bench.recommender
 
 clean: ## Remove everything that was generated or installed

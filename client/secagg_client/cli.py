@@ -183,23 +183,6 @@ def count_model(
     out.print(f"wrote {output}, a model of {model.n_items} items", highlight=False)
 
 
-@app.command("session-model")
-@exits_cleanly
-@with_settings(ClientSettings, ["dataset", "data_dir"])
-def session_model(
-    settings: ClientSettings,
-    tensors: Annotated[Path, typer.Argument(help="what `secagg-client model` has written")],
-    output: Annotated[Path, typer.Argument(help=".npz file to write")],
-) -> None:
-    """Build all item vectors of a task of --model session, for `recommend --model`."""
-    from secagg_client.session_task import session_model_of
-    from secagg_recommender.datasets import read_dataset
-
-    dataset = read_dataset(settings.dataset, settings.data_dir)
-    model = session_model_of(tensors, dataset, output)
-    out.print(f"wrote {output}, a model of {model.n_items} items", highlight=False)
-
-
 @app.command()
 @exits_cleanly
 @with_settings(ClientSettings, ["dataset", "data_dir"])
@@ -240,6 +223,10 @@ def recommend(
     model: Annotated[
         Path | None,
         typer.Option(help="model .npz, such as runs/latest/model.npz; else the server's"),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="what count-model made of transitions, on top of a session model"),
     ] = None,
     explain: Annotated[bool, typer.Option(help="say which own items each is due to")] = False,
     index: Annotated[
@@ -288,6 +275,7 @@ def recommend(
         items=items,
         top=top,
         model=model,
+        pairs=pairs,
         explain=explain,
         index=index.value,
         memory_mb=memory_mb,

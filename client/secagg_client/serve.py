@@ -20,9 +20,10 @@ from secagg.errors import ConfigurationError
 from secagg_client.config import ClientSettings
 from secagg_client.learners import train_config
 from secagg_client.session import ClientSession
+from secagg_client.session_task import session_model_of
 from secagg_client.state_dir import StateDir
 from secagg_recommender.cohorts import AGE_GENDER, CohortTable
-from secagg_recommender.datasets import load_dataset
+from secagg_recommender.datasets import Dataset, read_dataset
 from secagg_recommender.explain import fit_effects, history_effects, reasons
 from secagg_recommender.factorisation import ITEM_BIAS, ITEM_FACTORS, SharedTensors, fit_user
 from secagg_recommender.graph_index import GraphIndex
@@ -32,6 +33,9 @@ from secagg_recommender.index import ExactIndex, Hits, ItemIndex
 from secagg_recommender.index_files import open_index, save_index
 from secagg_recommender.interactions import DataError, Interactions, split_leave_one_out
 from secagg_recommender.recommend import best_items, titled
+from secagg_recommender.session_model import SESSION_TENSORS, SessionModel
+from secagg_recommender.stacked import StackedModel
+from secagg_recommender.transitions import Transitions
 
 __all__ = ["CohortStart", "IndexKind", "ServerHelp", "Suggestion", "recommend_for"]
 
@@ -98,6 +102,7 @@ def recommend_for(
     items: str | None,
     top: int,
     model: Path | None,
+    pairs: Path | None = None,
     explain: bool = False,
     index: IndexKind = "exact",
     memory_mb: int = 1024,
@@ -112,6 +117,8 @@ def recommend_for(
             cohort.
         model: ``.npz`` with the shared tensors, or of a model of histories; the server's newest
             version when None. With a cohort and no items, none is needed.
+        pairs: what `count-model` made of a round of ``--model transitions``, to put on top of a
+            session model.
         explain: say for each item which of the own items it is due to.
         index: how to find the best items of a factor model; ``"usearch"`` keeps its graph in the
             state directory and builds it again when the model is another.
@@ -134,14 +141,18 @@ def recommend_for(
         raise DataError(
             "expected either a user or a list of items, or a cohort alone; give exactly one of them"
         )
-    interactions = load_dataset(settings.dataset, settings.data_dir)
+    dataset = read_dataset(settings.dataset, settings.data_dir)
+    interactions = dataset.interactions
     own = _history(interactions, user, items, may_be_empty=cohort is not None)
     start = None if cohort is None else _start(cohort, interactions.n_items)
     if start is not None and own.size == 0:
         ranker: _Ranker = _Start(start)
     else:
         tensors = read_npz(model) if model else _fetched(settings, settings.task)
-        ranker = _ranker(settings, interactions, tensors, user, start, index, memory_mb)
+        of_histories = _history_model(tensors, dataset, pairs)
+        ranker = _ranker(
+            settings, interactions, tensors, of_histories, user, start, index, memory_mb
+        )
     found = ranker.best(own, top if server is None else _CANDIDATES * top)
     if server is not None:
         scores = ServerScores.from_model(_server_tensors(settings, server.source))
@@ -221,13 +232,13 @@ def _ranker(
     settings: ClientSettings,
     interactions: Interactions,
     tensors: _Tensors,
+    by_history: HistoryModel | None,
     user: str | None,
     start: NDArray[np.float64] | None,
     index: IndexKind,
     memory_mb: int,
 ) -> _Ranker:
     """The way to rank by this model, if it is one of this catalogue."""
-    by_history = history_model(tensors)
     if by_history is None and not {ITEM_FACTORS, ITEM_BIAS} <= tensors.keys():
         raise DataError(
             f"expected a model with {ITEM_FACTORS} and {ITEM_BIAS}, or one of histories; it has "
@@ -249,6 +260,22 @@ def _ranker(
     shared = {name: tensors[name] for name in (ITEM_FACTORS, ITEM_BIAS)}
     number = None if user is None else interactions.user_labels.index(user)
     return _ByFactors(settings, shared, number, start, index, memory_mb)
+
+
+def _history_model(tensors: _Tensors, dataset: Dataset, pairs: Path | None) -> HistoryModel | None:
+    """The model of histories that this is, on top of which counted pairs may be put."""
+    found = history_model(tensors)
+    if found is None and tensors.keys() >= SESSION_TENSORS:
+        found = session_model_of(tensors, dataset)
+    if pairs is None:
+        return found
+    counted = history_model(read_npz(pairs))
+    if not (isinstance(found, SessionModel) and isinstance(counted, Transitions)):
+        raise DataError(
+            "expected a session model, and pairs of --model transitions to put on top of it; got "
+            "another kind of one of the two; leave --pairs out"
+        )
+    return StackedModel(found, counted)
 
 
 def _fetched(settings: ClientSettings, task: str) -> _Tensors:

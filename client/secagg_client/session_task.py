@@ -6,19 +6,20 @@ consists of, say nothing of items by themselves: `session_model_of` puts the two
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from secagg.archive import read_npz
 from secagg.optimisers import Optimiser
 from secagg_client.config import ClientSettings
 from secagg_recommender.content import ItemContent, item_content
 from secagg_recommender.datasets import Dataset, read_dataset
+from secagg_recommender.session_model import SessionModel
 
 if TYPE_CHECKING:
-    from secagg_recommender.session_model import SessionModel
     from secagg_recommender.session_silo import SessionConfig
 
 __all__ = ["OPTIMISER", "content_and_config", "prepare_session", "session_model_of"]
@@ -103,20 +104,11 @@ def prepare_session(
     return task, model
 
 
-def session_model_of(tensors: Path, dataset: Dataset, output: Path) -> SessionModel:
-    """Put a task's model and a catalogue together, for ``secagg-client recommend``.
-
-    Args:
-        tensors: what ``secagg-client model`` has written.
-        output: ``.npz`` file to write.
+def session_model_of(tensors: Mapping[str, NDArray[Any]], dataset: Dataset) -> SessionModel:
+    """Put a task's model and a catalogue together.
 
     Raises:
-        InputError: no archive.
         DataError: tensors of another kind of model, or of another catalogue.
     """
-    from secagg_recommender.session_model import SessionModel
-
     content = item_content(dataset.attributes, dataset.interactions.item_labels)
-    model = SessionModel.of(read_npz(tensors), content)
-    np.savez(output, **model.tensors())  # type: ignore[arg-type]  # names are ours
-    return model
+    return SessionModel.of(tensors, content)

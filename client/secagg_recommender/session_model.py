@@ -21,7 +21,16 @@ from secagg_recommender.content import ItemContent
 from secagg_recommender.histories import checked_items
 from secagg_recommender.interactions import DataError
 
-__all__ = ["ATTRIBUTES", "CODE_VECTORS", "DECAYS", "ITEM_BIAS", "LONGEST", "MIX", "SessionModel"]
+__all__ = [
+    "ATTRIBUTES",
+    "CODE_VECTORS",
+    "DECAYS",
+    "ITEM_BIAS",
+    "LONGEST",
+    "MIX",
+    "SESSION_TENSORS",
+    "SessionModel",
+]
 
 ATTRIBUTES: Final = "attributes"
 """Name of the shared table of attributes, float32 ``(n_attributes, d)``."""
@@ -31,6 +40,9 @@ ITEM_BIAS: Final = "session_bias"
 """Name of the shared biases, float32 ``(n_items,)``."""
 MIX: Final = "mix"
 """Name of the matrices that turn what is remembered, float32 ``(len(DECAYS), d, d)``."""
+
+SESSION_TENSORS: Final = frozenset({ATTRIBUTES, CODE_VECTORS, ITEM_BIAS, MIX})
+"""Names of all that is shared."""
 
 DECAYS: Final = (0.0, 0.3, 0.88)
 """How much of an item is left after another one: nothing, so that the latest counts alone; a third;
@@ -78,7 +90,7 @@ class SessionModel:
         Raises:
             DataError: tensors that do not fit the catalogue.
         """
-        if not shared.keys() >= {ATTRIBUTES, CODE_VECTORS, MIX, ITEM_BIAS}:
+        if not shared.keys() >= SESSION_TENSORS:
             raise DataError(
                 f"expected the tensors of a session model, got {sorted(shared)}; start from "
                 "init_session()"

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from secagg.archive import read_npz
 from secagg.quantize import flatten
 from secagg_client.cli import app
 from secagg_client.config import ClientSettings
 from secagg_client.learners import Part, load_learner
-from secagg_client.session_task import OPTIMISER, prepare_session
-from secagg_recommender.histories import history_model
-from secagg_recommender.interactions import DataError
+from secagg_client.serve import recommend_for
+from secagg_client.session_task import OPTIMISER, prepare_session, session_model_of
+from secagg_recommender.datasets import load_dataset, read_dataset
+from secagg_recommender.histories import histories_of
+from secagg_recommender.interactions import DataError, split_leave_one_out
 from secagg_recommender.learner import Assignment
-from secagg_recommender.session_model import SessionModel
 from secagg_recommender.session_silo import SessionSilo
+from secagg_recommender.transitions import Transitions, transition_counts
 from secagg_server.task_files import read_task
 
 SILOS = 3
@@ -65,16 +68,46 @@ def test_from_task_to_list(beauty: Path, tmp_path: Path) -> None:
         assert work is not None
         updates.append(flatten(segment, work.arrays[segment.name]))
     assert len({update.tobytes() for update in updates}) == SILOS
-    output = tmp_path / "model.npz"
-    initial = str(folder / "initial.npz")
-    built = runner.invoke(app, ["session-model", initial, str(output), *options(beauty)])
-    assert built.exit_code == 0, built.output
-    with np.load(output) as tensors:
-        assert isinstance(history_model(dict(tensors)), SessionModel)
-    listed = runner.invoke(
-        app, ["recommend", "--model", str(output), "--items", "1,2", "--top", "3", *options(beauty)]
+    for more in ([], ["--pairs", str(pairs_of(beauty, tmp_path))]):
+        asked = ["--model", str(folder / "initial.npz"), "--items", "1,2", *more]
+        listed = runner.invoke(app, ["recommend", *asked, *options(beauty)])
+        assert listed.exit_code == 0, listed.output
+
+
+def pairs_of(beauty: Path, folder: Path) -> Path:
+    """What devices keep of a count of transitions."""
+    split = split_leave_one_out(load_dataset("amazon-beauty", beauty))
+    histories = histories_of(split, range(split.n_users))
+    counted = transition_counts(histories, split.n_items)
+    popularity = np.bincount(split.train_items, minlength=split.n_items)
+    file = folder / "pairs.npz"
+    np.savez(file, **Transitions.of(counted, popularity).tensors())
+    return file
+
+
+def test_pairs_on_top_change_the_list(beauty: Path, tmp_path: Path) -> None:
+    dataset = read_dataset("amazon-beauty", beauty)
+    _, initial = prepare_session(settings(beauty), tmp_path / "work", rounds=1)
+    lists = [
+        recommend_for(settings(beauty), user=None, items="1,2", top=3, model=initial, pairs=pairs)
+        for pairs in (None, pairs_of(beauty, tmp_path))
+    ]
+    alone, stacked = ([row.score for row in rows] for rows in lists)
+    assert alone != stacked
+    assert session_model_of(read_npz(initial), dataset).n_items == len(
+        dataset.interactions.item_labels
     )
-    assert listed.exit_code == 0, listed.output
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_pairs_go_on_top_of_a_session_model_only(
+    beauty: Path, tmp_path: Path, swapped: bool
+) -> None:
+    _, initial = prepare_session(settings(beauty), tmp_path / "work", rounds=1)
+    pairs = pairs_of(beauty, tmp_path)
+    model, on_top = (pairs, pairs) if swapped else (initial, initial)
+    with pytest.raises(DataError, match="leave --pairs out"):
+        recommend_for(settings(beauty), user=None, items="1", top=3, model=model, pairs=on_top)
 
 
 def test_the_task_steps_with_adam_unless_asked_otherwise(beauty: Path, tmp_path: Path) -> None:
@@ -104,9 +137,6 @@ def test_data_without_attributes_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_of_another_model_are_refused(beauty: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", item_factors=np.zeros((8, 2), np.float32))
-    asked = ["session-model", str(tmp_path / "other.npz"), str(tmp_path / "out.npz")]
-    refused = CliRunner().invoke(app, [*asked, *options(beauty)])
-    assert refused.exit_code != 0
-    assert "tensors of a session model" in " ".join(refused.output.split())
-    assert not (tmp_path / "out.npz").exists()
+    other = {"item_factors": np.zeros((8, 2), np.float32)}
+    with pytest.raises(DataError, match="tensors of a session model"):
+        session_model_of(other, read_dataset("amazon-beauty", beauty))
