@@ -19,6 +19,7 @@ from secagg_bench.recommender.trials import Trial, World, run
 from secagg_recommender.factorisation import TrainConfig
 
 TOY = quick(Trial())
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +220,11 @@ def test_rounds_to_the_goal_are_those_of_every_seed() -> None:
     assert report._reached([[0.5, 0.65], [0.64, 0.6]]) == "2"
     assert report._reached([[0.5, 0.65], [0.5, 0.6]]) == "2 (1/2)"
     assert report._reached([[0.5], [0.6]]) == "–"
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    found = json.loads((RESULTS / "recommender.json").read_text(encoding="utf-8"))
+    report.write_page(found, RESULTS, tmp_path / "page.md")
+    committed = (RESULTS.parents[1] / "docs" / "recommender-results.md").read_text(encoding="utf-8")
+    advice = "run `python -m secagg_bench.recommender --draw`"
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == committed, advice
