@@ -16,13 +16,13 @@ from secagg_client.config import ClientSettings
 from secagg_recommender.datasets import Dataset, read_dataset
 from secagg_recommender.interactions import DataError, Split, split_leave_one_out
 from secagg_recommender.learner import Learner
-from secagg_recommender.partition import partition
+from secagg_recommender.partition import Parts, partition
 
 if TYPE_CHECKING:
     from secagg_recommender.factorisation import Silo, TrainConfig
     from secagg_recommender.trained import WithinBudget
 
-__all__ = ["KINDS", "Part", "load_learner", "load_silo", "train_config"]
+__all__ = ["KINDS", "Part", "load_learner", "load_silo", "silos_of", "train_config"]
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,26 @@ class Part:
         """
         dataset = read_dataset(settings.dataset, settings.data_dir)
         split = split_leave_one_out(dataset.interactions)
-        parts = partition(
-            settings.partition,
-            split,
-            settings.silos,
-            settings.seed,
-            labels=dataset.kinds,
-            alpha=settings.partition_alpha,
-        )
+        parts = silos_of(settings, dataset, split)
         if settings.silo >= len(parts):
             raise DataError(f"expected a silo below {len(parts)}; got silo={settings.silo}")
         return cls(settings, dataset, split, parts[settings.silo])
+
+
+def silos_of(settings: ClientSettings, dataset: Dataset, split: Split) -> Parts:
+    """The users of each silo, as the settings deal them out.
+
+    Raises:
+        DataError: a silo would be empty; see `partition`.
+    """
+    return partition(
+        settings.partition,
+        split,
+        settings.silos,
+        settings.seed,
+        labels=dataset.kinds,
+        alpha=settings.partition_alpha,
+    )
 
 
 def load_learner(part: Part, segments: Collection[str]) -> Learner:

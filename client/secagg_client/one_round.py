@@ -12,11 +12,12 @@ from secagg.archive import read_npz
 from secagg.errors import ConfigurationError
 from secagg.parameters import IntegerSegment
 from secagg_client.config import ClientSettings
+from secagg_client.learners import silos_of
 from secagg_recommender.datasets import read_dataset
 from secagg_recommender.ease import GRAM, RIDGE, Ease, ease_segment_for
 from secagg_recommender.histories import HistoryModel
 from secagg_recommender.interactions import DataError, Split, split_leave_one_out
-from secagg_recommender.partition import Parts, partition
+from secagg_recommender.partition import Parts
 from secagg_recommender.transitions import COUNTS, Transitions, transition_segments_for
 
 __all__ = ["COUNTED", "model_from_sums", "prepare_counts"]
@@ -55,14 +56,7 @@ def prepare_counts(settings: ClientSettings, folder: Path) -> Path:
     """
     dataset = read_dataset(settings.dataset, settings.data_dir)
     split = split_leave_one_out(dataset.interactions)
-    parts = partition(
-        settings.partition,
-        split,
-        settings.silos,
-        settings.seed,
-        labels=dataset.kinds,
-        alpha=settings.partition_alpha,
-    )
+    parts = silos_of(settings, dataset, split)
     text = _TASK.format(
         model=settings.model,
         dataset=settings.dataset,

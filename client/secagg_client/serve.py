@@ -325,9 +325,11 @@ def _ids(kind: str, labels: tuple[str, ...], wanted: list[str]) -> _Ids:
     numbers = {label: number for number, label in enumerate(labels)}
     unknown = [label for label in wanted if label not in numbers]
     if unknown or not wanted:
+        # Who is in the data is nobody's business; what is in the shop is no secret.
+        such = f", such as {', '.join(labels[:3])}" if kind == "item" else ""
         raise DataError(
-            f"expected {kind} labels of this data set, such as {', '.join(labels[:3])}; got "
-            f"unknown={unknown[:5]}; correct them, or start from a cohort where there are none"
+            f"expected {kind} labels of this data set{such}; got unknown={unknown[:5]}; correct "
+            "them, or start from a cohort where there are none"
         )
     return np.array([numbers[label] for label in wanted], dtype=np.int64)
 

@@ -142,7 +142,7 @@ def test_while_paused_the_server_hears_nothing_and_then_the_round_comes(
         others_take_part(site, 1, 2)
         wait_for_end(site, 1)
     assert calls_then == [{}]
-    assert naps[:3] == [PAUSE_POLL_S] * 3
+    assert len(naps) == 3
     assert [line["event"] for line in log if line["event"] == "paused"] == ["paused"]
     exact(site, current, [0, 1, 2])
 

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from secagg_bench.axes import tidy
 from secagg_bench.privacy.methods import LABELS
 from secagg_bench.privacy.ranking import METRICS
 
@@ -18,7 +19,6 @@ __all__ = ["markdown", "save_figure"]
 
 _Row = dict[str, Any]
 
-_INK: Final = "#1f2933"
 _SOFT: Final = "#5a6672"
 _PALE: Final = "#9aa5b1"
 # Okabe and Ito's colours, which the colour-blind tell apart; markers differ as well.
@@ -212,15 +212,6 @@ def _ends(rows: list[_Row]) -> list[float]:
     return [row[key] for row in rows for key in ("ci_low", "ci_high")] or [0.0, 1.0]
 
 
-def _tidy(axes: Any, title: str, x: str, y: str = "HR@10") -> None:  # noqa: ANN401
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold", fontsize=10)
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
 def _line(
     axes: Any,  # noqa: ANN401
     rows: list[_Row],
@@ -297,7 +288,7 @@ def _curves(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
             _line(axes, mine, lambda row: epsilons.index(row["epsilon"]), colour, marker)
             labels.append((mine[-1]["mean"], _SHORT[method], colour))
     users = f"{private[0]['users']:,} clients of one user"
-    _tidy(axes, f"{_DATASETS[rows[0]['dataset']]}, {users}", "ε of one user (∞: no noise)")
+    tidy(axes, f"{_DATASETS[rows[0]['dataset']]}, {users}", "ε of one user (∞: no noise)")
     _epsilon_axis(axes, epsilons)
     axes.set_ylim(bottom=0.0)
     _label(axes, labels)
@@ -318,7 +309,7 @@ def _larger(axes: Any, larger: list[_Row], results: _Row) -> None:  # noqa: ANN4
     for row in _rows(results, "utility", dataset=dataset, method="popular", metric="hr10"):
         axes.axhline(row["mean"], color=_PALE, linestyle=":", linewidth=1.3)
         labels.append((row["mean"], "most popular", _SOFT))
-    _tidy(axes, "Larger populations, matrix factorisation", "ε of one user (∞: no noise)")
+    tidy(axes, "Larger populations, matrix factorisation", "ε of one user (∞: no noise)")
     _epsilon_axis(axes, epsilons)
     _label(axes, labels)
 
@@ -336,7 +327,7 @@ def _swept(axes: Any, rows: list[_Row], sweep: str) -> None:  # noqa: ANN401
             style = (0, (4, 2)) if epsilon is None else "-"
             if mine:
                 _line(axes, mine, lambda row: values.index(row[key]), colour, marker, style)
-    _tidy(axes, f"By {sweep}", _SWEEPS[sweep])
+    tidy(axes, f"By {sweep}", _SWEEPS[sweep])
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     if sweep == "bits":  # where there is room
         lines = [(_SHORT[method], _STYLES[method][0]) for method in _distinct(rows, "method")]
@@ -373,7 +364,7 @@ def _attacks(axes: Any, rows: list[_Row]) -> None:  # noqa: ANN401
     axes.set_yticks(range(len(kinds)), names, fontsize=7.5)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
-    _tidy(axes, "Membership attacks", "true positives at 1 % false ones;  | at most", "")
+    tidy(axes, "Membership attacks", "true positives at 1 % false ones;  | at most", "")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     for place, (epsilon, colour) in enumerate(colours.items()):

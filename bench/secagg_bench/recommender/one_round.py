@@ -19,11 +19,11 @@ import typer
 from rich.progress import Progress, TaskID
 
 from secagg.commands import exits_cleanly, out
-from secagg.errors import InputError
 from secagg_bench.one_core import machine
 from secagg_bench.recommender import one_round_runs as runs
 from secagg_bench.recommender.one_round_runs import Progressed, Sizes
 from secagg_bench.recommender.one_round_services import service_run
+from secagg_bench.recommender.resuming import resumed
 
 __all__ = ["SECTIONS", "app", "tables"]
 
@@ -55,16 +55,10 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="sections to measure anew")] = None,
 ) -> None:
     """Encrypt, sum, compare and score."""
-    if data_dir is None:
-        raise InputError("expected the folder of the data sets; got none; set SECAGG_DATA_DIR")
-    if unknown := sorted(set(only or ()) - SECTIONS.keys()):
-        raise InputError(f"expected sections of {sorted(SECTIONS)}; got {unknown}")
-    found: dict[str, Any] = {}
-    if output.is_file():
-        found = json.loads(output.read_text(encoding="utf-8"))
+    folder, found, missing = resumed(output, data_dir, only, SECTIONS)
     with Progress(console=out, disable=not out.is_terminal) as progress:
-        for name in only or [name for name in SECTIONS if name not in found]:
-            measured = SECTIONS[name](data_dir, Sizes(), _Bars(progress))
+        for name in missing:
+            measured = SECTIONS[name](folder, Sizes(), _Bars(progress))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             found[name] = measured | {"peak_bytes": peak}
             _save(output, found)

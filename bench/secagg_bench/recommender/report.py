@@ -19,6 +19,7 @@ from scipy.stats import t as student
 
 from secagg.parameters import NormCheck
 from secagg.planner import make_plan
+from secagg_bench.axes import tidy
 from secagg_bench.privacy.ranking import METRICS
 from secagg_bench.recommender.sections import SEEDS, Section, candidates, sections, tuned
 from secagg_bench.recommender.trials import Trial
@@ -263,7 +264,6 @@ def _tried(trials: Mapping[str, Any]) -> Table:
 
 # --- figure ---------------------------------------------------------------------------------------
 
-_INK: Final = "#1f2933"
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -285,22 +285,13 @@ def save_figure(found: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, metadata=metadata, dpi=110)
 
 
-def _tidy(axes: Any, title: str, x: str, y: str = "HR@10") -> None:  # noqa: ANN401
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold", fontsize=10)
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
 def _curves(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  # noqa: ANN401
     for colour, (label, trial) in zip(_COLOURS, section.rows.items(), strict=False):
         curves = [run["curve"] for run in _runs(trial, trials) if "curve" in run]
         if curves:
             mean = np.mean(curves, axis=0)
             axes.plot(np.arange(1, mean.size + 1), mean, color=colour, label=label, linewidth=1.6)
-    _tidy(axes, section.title, "round")
+    tidy(axes, section.title, "round")
     if axes.lines:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
 
@@ -317,7 +308,7 @@ def _bytes(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  # n
             points.setdefault(_kind(trial), []).append((size, np.mean(runs)))
     for colour, (kind, places) in zip(_COLOURS, points.items(), strict=False):
         axes.plot(*zip(*places, strict=True), "o-", color=colour, label=kind, ms=4.5)
-    _tidy(axes, section.title, "bytes a parameter, with norm check; 12,101 items, 100 clients")
+    tidy(axes, section.title, "bytes a parameter, with norm check; 12,101 items, 100 clients")
     if axes.lines:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
 
@@ -340,5 +331,5 @@ def _devices(axes: Any, section: Section, trials: Mapping[str, Any]) -> None:  #
             axes.plot(values, [place + shift] * len(values), "o", color=colour, ms=4.5, label=label)
     axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    _tidy(axes, section.title, "HR@10, a point a seed", "")
+    tidy(axes, section.title, "HR@10, a point a seed", "")
     axes.legend(frameon=False, fontsize=8, loc="best")

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Final
 import typer
 
 from secagg.commands import exits_cleanly, out
-from secagg.errors import InputError
 
 # Before numpy is imported: one thread is enough for small matrices, and leaves room for others.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
+from secagg_bench.recommender.resuming import resumed
 from secagg_bench.recommender.session_runs import (
     Recipe,
     SessionData,
@@ -68,15 +68,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="sections to measure anew")] = None,
 ) -> None:
     """Train, encrypt, compare and score."""
-    if data_dir is None:
-        raise InputError("expected the folder of the data sets; got none; set SECAGG_DATA_DIR")
-    if unknown := sorted(set(only or ()) - SECTIONS.keys()):
-        raise InputError(f"expected sections of {sorted(SECTIONS)}; got {unknown}")
-    found: dict[str, Any] = {}
-    if output.is_file():
-        found = json.loads(output.read_text(encoding="utf-8"))
-    data = SessionData(data_dir)
-    for name in only or [name for name in SECTIONS if name not in found]:
+    folder, found, missing = resumed(output, data_dir, only, SECTIONS)
+    data = SessionData(folder)
+    for name in missing:
         found[name] = measure(name, SECTIONS[name], data)
         _save(output, found)
     _save(output, found)
