@@ -219,3 +219,13 @@ def test_a_table_that_does_not_fit_is_refused(models: Path, name: str) -> None:
     done = run(models, *LIKED, "--allow-server-scores", "--server-scores", table)
     assert done.exit_code == DATA
     assert "expected" in done.stderr
+
+
+def test_an_unknown_item_is_told_what_items_are_called_and_an_unknown_user_nothing(
+    models: Path,
+) -> None:
+    item = run(models, "--items", "nothing")
+    user = run(models, "--user", "nobody")
+    assert (item.exit_code, user.exit_code) == (DATA, DATA)
+    assert ", such as 0, 1, 2; got" in " ".join(item.stderr.split())
+    assert "such as" not in user.stderr
