@@ -70,7 +70,7 @@ def test_a_surrogate_written_in_utf8_is_no_utf8(tmp_path: Path) -> None:
 
 
 def test_a_gzip_archive_is_unpacked(tmp_path: Path) -> None:
-    found, _ = lines_of(tmp_path / "x.jsonl.gz", gzip.compress(b"a\nb\n"))
+    found, _ = lines_of(tmp_path / "x.jsonl.gz", gzip.compress(b"a\nb\n", mtime=0))
     assert found == ["a\n", "b\n"]
 
 
@@ -93,10 +93,10 @@ def test_a_line_longer_than_memory_allows_comes_in_pieces(
         (b"PK\x03\x04\x14\x00", "ZIP archive"),
         (b"PAR1\x15\x04", "Parquet"),
         (b"%PDF-1.7\n", "PDF"),
-        (gzip.compress(b"a\n" * 500)[:-12], "complete gzip archive"),
-        (gzip.compress(b"a\n" * 500)[:12] + b"\xff" * 30, "complete gzip archive"),
-        (gzip.compress(b"a\n")[:-8] + b"\x00" * 8, "complete gzip archive"),
-        (gzip.compress(b""), "empty file"),
+        (gzip.compress(b"a\n" * 500, mtime=0)[:-12], "complete gzip archive"),
+        (gzip.compress(b"a\n" * 500, mtime=0)[:12] + b"\xff" * 30, "complete gzip archive"),
+        (gzip.compress(b"a\n", mtime=0)[:-8] + b"\x00" * 8, "complete gzip archive"),
+        (gzip.compress(b"", mtime=0), "empty file"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
