@@ -39,12 +39,10 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from secagg.certificates import Kit, Role
+from secagg.certificates import Role
 from secagg.context import NO_MODEL, ContextId, RoundContext
 from secagg.encryptor import encrypt_quantized
-from secagg.endorsement import Endorsement, read_pins
 from secagg.errors import (
-    CertificateError,
     ClosedError,
     ConfigurationError,
     ContextError,
@@ -68,7 +66,6 @@ from secagg.rpc.gatekeeper import metadata
 from secagg.rpc.retry import RetryPolicy
 from secagg.rpc.status import from_rpc_error
 from secagg.sampling import Stream
-from secagg.transcript import DIGEST_BYTES
 from secagg.upload import Upload
 from secagg.wire.codec import (
     MODEL_VALUE_BYTES,
@@ -78,13 +75,14 @@ from secagg.wire.codec import (
     model_digest,
     model_from_bytes,
     piece_count,
-    round_context_from_wire,
     tensors_from_wire,
 )
 from secagg.wire.v1 import aggregation_service_pb2 as pb
 from secagg.wire.v1 import aggregation_service_pb2_grpc, round_pb2
 from secagg_client.judgement import Judgement, judged
+from secagg_client.kits import ClientKit
 from secagg_client.ledger import Fate, Ledger, Limits
+from secagg_client.offers import commitment_of, offered_round
 from secagg_client.outbox import Kept, Outbox
 from secagg_client.switch import Switch
 
@@ -97,54 +95,6 @@ _LOG = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
 RoundingSource = Callable[[RoundContext], Stream]
-
-
-@dataclass(frozen=True, slots=True)
-class ClientKit:
-    """What the authority gave a client: its certificate, its signing key, and whom it trusts.
-
-    Attributes:
-        tls: certificate and key for the connection.
-        identity: signs receipts.
-    """
-
-    tls: Kit
-    identity: SigningKey
-
-    @classmethod
-    def load(cls, folder: Path | str) -> ClientKit:
-        """Read a client's kit.
-
-        Raises:
-            IdentityError: see `Kit.load`; or the signing key or the pins cannot be read.
-        """
-        kit = cls(tls := Kit.load(Path(folder), Role.CLIENT), _signing_key(tls))
-        kit.pins()
-        return kit
-
-    def pins(self) -> frozenset[bytes]:
-        """Key holders that are trusted now; read each time, so that they can be rotated.
-
-        Raises:
-            CertificateError: the file is missing or damaged.
-        """
-        try:
-            return read_pins(self.tls.file("key_holder.pub").read_text(encoding="utf-8"))
-        except (OSError, MalformedError, UnicodeDecodeError):
-            raise CertificateError(
-                "expected key_holder.pub in the kit, one public key a line; it is missing or "
-                "damaged; take it from the authority again"
-            ) from None
-
-
-def _signing_key(kit: Kit) -> SigningKey:
-    try:
-        return SigningKey.from_bytes(kit.file("signing.key").read_bytes())
-    except (OSError, MalformedError):
-        raise CertificateError(
-            "expected signing.key in the kit, 32 bytes; it is missing or damaged; take the kit "
-            "from the authority again"
-        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +289,14 @@ class ClientSession:
                 raise
             if self._switch.paused:
                 continue  # the round was long in coming
-            context = self._offered(answer, done)
-            commitment = _commitment(context, answer)
+            context = offered_round(
+                answer,
+                self._task_id,
+                after=done,
+                newest=self._outbox.newest() if self._outbox else (0, 0),
+                pins=self._kit.pins() if self._kit else None,
+            )
+            commitment = commitment_of(context, answer)
             done = (context.id.round_number, context.id.attempt)
             self._settle(on_judgement, before=done)
             self._ledger.require(context, self._limits)
@@ -372,21 +328,6 @@ class ClientSession:
         )
         answer: pb.GetRoundResponse = self._call(self._stub.GetRound, request)
         return answer
-
-    def _offered(self, answer: pb.GetRoundResponse, done: tuple[int, int]) -> RoundContext:
-        """The round of an answer: a later one, of this task, endorsed."""
-        context = round_context_from_wire(answer.context, answer.plan, answer.round_key)
-        offered = (context.id.round_number, context.id.attempt)
-        earlier = self._outbox.newest() if self._outbox else (0, 0)
-        if context.id.task_id != self._task_id or offered <= done or offered < earlier:
-            raise ContextError(
-                "expected a later round of the task joined; got another one: this server "
-                "repeats itself, goes back, or mixes tasks up"
-            )
-        if self._kit is not None:
-            signed = Endorsement(answer.key_holder_identity, answer.round_key_signature)
-            signed.verify(context.id, self._kit.pins())
-        return context
 
     def _starting_model(self, context: RoundContext, answer: pb.GetRoundResponse) -> Model:
         """The model that the context's digest names, or none."""
@@ -692,25 +633,6 @@ def _verdict_of(kept: Kept) -> pb.GetVerdictRequest:
         context=context_id_to_wire(kept.context.id),
         client_key=kept.upload.admission.receipt.client_key,
     )
-
-
-def _commitment(context: RoundContext, answer: pb.GetRoundResponse) -> bytes:
-    """The server's commitment to its challenge, exactly where the plan has a norm check."""
-    given = answer.challenge_commitment
-    if context.plan.norm_check is None:
-        if given:
-            raise ContextError(
-                "expected no challenge commitment in a round without a norm check; got one; "
-                "contribute nothing: server and plan do not agree"
-            )
-        return NO_COMMITMENT
-    if len(given) != DIGEST_BYTES or given == NO_COMMITMENT:
-        raise ContextError(
-            f"expected a challenge commitment of {DIGEST_BYTES} bytes, not all zero, as the plan "
-            f"has a norm check; got bytes={len(given)}; contribute nothing: this server could "
-            "choose what it asks about an update after it has seen it"
-        )
-    return given
 
 
 def _unflatten(data: bytes, tensors: tuple[TensorSpec, ...]) -> dict[str, NDArray[np.float32]]:

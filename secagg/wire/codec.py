@@ -14,8 +14,8 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from secagg.context import ContextId, RoundContext
-from secagg.errors import ConfigurationError, MalformedError
+from secagg.context import NO_MODEL, ContextId, RoundContext
+from secagg.errors import ConfigurationError, MalformedError, SchemaError
 from secagg.optimisers import Optimiser
 from secagg.parameters import (
     MAX_TENSORS,
@@ -32,10 +32,11 @@ from secagg.parameters import (
     TensorSpec,
 )
 from secagg.planner import make_plan
+from secagg.quantize import Update, flatten
 from secagg.receipts import CLIENT_KEY_BYTES, SIGNATURE_BYTES, Receipt
 from secagg.sealing import ROUND_KEY_BYTES, SEALED_SEED_BYTES
 from secagg.transcript import DIGEST_BYTES
-from secagg.upload import Admission
+from secagg.upload import Admission, Upload
 from secagg.verdicts import Verdict
 from secagg.wire.v1 import operator_service_pb2, plan_pb2, round_pb2
 
@@ -49,6 +50,7 @@ __all__ = [
     "context_id_to_wire",
     "exact",
     "model_digest",
+    "model_digest_of",
     "model_from_bytes",
     "model_to_bytes",
     "optimiser_from_wire",
@@ -65,6 +67,8 @@ __all__ = [
     "sums_to_bytes",
     "tensors_from_wire",
     "tensors_to_wire",
+    "upload_from_bytes",
+    "upload_to_bytes",
     "verdict_from_wire",
     "verdict_to_wire",
 ]
@@ -78,6 +82,7 @@ PIECE_BYTES = 1 << 20
 MODEL_VALUE_BYTES = 4
 _SUM_VALUE_BYTES = 8
 _MAX_DIMENSIONS = 8
+_MOST_ADMISSION_BYTES = 2048  # receipt and sealed seed are 1.6 kB
 
 _WEIGHTINGS = {
     "equal": plan_pb2.WEIGHTING_EQUAL,
@@ -410,6 +415,30 @@ def admission_from_wire(message: round_pb2.Admission) -> Admission:
     return Admission(receipt_from_wire(message.receipt), sealed)
 
 
+def upload_to_bytes(upload: Upload) -> bytes:
+    """A whole upload as one message."""
+    return round_pb2.WholeUpload(
+        admission=admission_to_wire(upload.admission), payload=upload.payload
+    ).SerializeToString()
+
+
+def upload_from_bytes(data: bytes, plan: Plan) -> Upload:
+    """A whole upload of the sizes that a plan gives it; not yet verified.
+
+    Raises:
+        MalformedError: no such message, or one of other sizes.
+    """
+    most = plan.payload_bytes + _MOST_ADMISSION_BYTES
+    if not plan.payload_bytes <= len(data) <= most:
+        raise MalformedError(
+            f"expected an upload of {plan.payload_bytes} bytes, and at most "
+            f"{_MOST_ADMISSION_BYTES} more; got bytes={len(data)}; encrypt with the round's plan"
+        )
+    message = parse(round_pb2.WholeUpload, data)
+    payload = exact("payload", message.payload, plan.payload_bytes)
+    return Upload(admission_from_wire(message.admission), payload)
+
+
 def verdict_to_wire(verdict: Verdict) -> round_pb2.NormVerdict:
     """A signed verdict."""
     state = (
@@ -478,6 +507,27 @@ def model_from_bytes(data: bytes, parameters: int) -> NDArray[np.float32]:
 def model_digest(data: bytes) -> bytes:
     """SHA-256 of a model's bytes; 32 bytes."""
     return hashlib.sha256(data).digest()
+
+
+def model_digest_of(plan: Plan, model: Update | None) -> bytes:
+    """What a round's context says of the model that its clients start from.
+
+    Args:
+        model: float32 tensors by name; None for a round without a model.
+
+    Raises:
+        SchemaError: other tensors than those of the plan's one float segment, or no such segment.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    if model is None:
+        return NO_MODEL
+    floats = [segment for segment in plan.segments if isinstance(segment, FloatSegment)]
+    if len(floats) != 1:
+        raise SchemaError(
+            f"expected a plan with one segment of floats, which a model is for; got {len(floats)}; "
+            "leave the model out"
+        )
+    return model_digest(model_to_bytes(flatten(floats[0], model)))
 
 
 def sums_to_bytes(sums: Sequence[NDArray[np.int64]]) -> bytes:

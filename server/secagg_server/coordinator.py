@@ -32,7 +32,6 @@ from secagg.endorsement import Endorsement
 from secagg.enrolment import Roster
 from secagg.errors import (
     BudgetError,
-    QuorumError,
     ReleaseError,
     RoundError,
     SecaggError,
@@ -40,16 +39,13 @@ from secagg.errors import (
 )
 from secagg.failpoints import failpoint
 from secagg.logs import where
-from secagg.noise_audit import dithered
-from secagg.parameters import Plan
 from secagg.release import Release
-from secagg.residues import ResidueSum, folded, widen
-from secagg.sampling import Stream
-from secagg.transcript import digest
 from secagg.upload import Admission
 from secagg.wire.codec import model_digest, sums_to_bytes
 from secagg_server.blobs import BlobStore
+from secagg_server.ciphertexts import Ciphertexts, here
 from secagg_server.clock import Clock
+from secagg_server.judging import check_quorum
 from secagg_server.key_holder import KeyHolderStub, ReleasedSums, patiently
 from secagg_server.learning import figure, following_clip, move_model
 from secagg_server.norms import NormJudge
@@ -81,10 +77,6 @@ _ORDER = (
 _LOG = structlog.get_logger(__name__)
 
 
-def _here(work: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - any result
-    return work(*arguments)
-
-
 class Coordinator:
     """Runs every task of a server, each in an asyncio task of its own.
 
@@ -106,7 +98,7 @@ class Coordinator:
         key_holder: KeyHolderStub,
         clock: Clock,
         roster: Roster,
-        compute: Callable[..., Any] = _here,
+        compute: Callable[..., Any] = here,
         secret: bytes | None = None,
         workers: int = 1,
     ) -> None:
@@ -116,11 +108,11 @@ class Coordinator:
         self._key_holder = key_holder
         self._clock = clock
         self._roster = roster
-        self._compute = compute
-        self._secret = secret or os.urandom(32)
+        secret = secret or os.urandom(32)
+        self._ciphertexts = Ciphertexts(blobs, compute, secret)
         # While one sketch travels, the next is computed.
         at_once = max(2, workers)
-        self._norms = NormJudge(store, blobs, key_holder, compute, self._secret, at_once)
+        self._norms = NormJudge(store, blobs, self._ciphertexts, key_holder, secret, at_once)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._contexts: dict[str, RoundContext] = {}
 
@@ -390,12 +382,12 @@ class Coordinator:
             ReleaseError: it would not open.
         """
         started = time.perf_counter()
-        residues = await asyncio.to_thread(self._add_chunks, context, manifest)
+        names = [admission.receipt.upload_digest for admission in manifest]
+        residues = await asyncio.to_thread(self._ciphertexts.total, context, names)
         aggregate_ms = (time.perf_counter() - started) * 1000
         failpoint("sum-ready")
         self._reach(row, RoundState.RELEASING)
-        names = [admission.receipt.upload_digest for admission in manifest]
-        low = await asyncio.to_thread(self._low_bits, context, residues, *names)
+        low = await asyncio.to_thread(self._ciphertexts.low_bits, context, residues, *names)
         await patiently(lambda: self._key_holder.check_sum(context, names, low))
         return residues, aggregate_ms
 
@@ -415,7 +407,7 @@ class Coordinator:
     ) -> list[Admission]:
         """Every accepted upload that the key holder does not refuse, for its form or its norm."""
         admissions = await asyncio.to_thread(self._store.accepted, context)
-        _check_quorum(context, len(admissions))
+        check_quorum(context, len(admissions))
         if row.state in (RoundState.SUMMING, RoundState.RELEASING):
             return admissions  # judged before a restart; the refused ones are not among them
         refused = await patiently(lambda: self._key_holder.judge(context, admissions))
@@ -429,7 +421,7 @@ class Coordinator:
         admissions = await asyncio.to_thread(self._store.accepted, context)
         for admission in admissions:
             name = admission.receipt.upload_digest
-            low = await asyncio.to_thread(self._low_bits_of_upload, context, name)
+            low = await asyncio.to_thread(self._ciphertexts.low_bits_of, context, name)
             if reason := await self._audit_one(context, name, low):
                 refused[name] = reason
         self._store.set_audited(row.key)
@@ -446,19 +438,6 @@ class Coordinator:
     async def _audit_one(self, context: RoundContext, name: bytes, low: NDArray[np.uint32]) -> str:
         return await patiently(lambda: self._key_holder.audit(context, name, low))
 
-    def _low_bits_of_upload(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
-        chunks = range(context.plan.chunks)
-        residues = np.concatenate([self._residues(context, name, index) for index in chunks])
-        return self._low_bits(context, residues, name)
-
-    def _low_bits(
-        self, context: RoundContext, residues: NDArray[np.uint64], *names: bytes
-    ) -> NDArray[np.uint32]:
-        """Low bits of what these uploads add up to; the same ones whenever they are needed."""
-        key = digest("dither", self._secret, context.id.digest, *sorted(names))
-        low: NDArray[np.uint32] = self._compute(_dithered, context.plan, residues, key)
-        return low
-
     def _left(
         self,
         context: RoundContext,
@@ -469,31 +448,18 @@ class Coordinator:
         for upload_digest, reason in refused.items():
             self._store.reject_upload(context, upload_digest, reason)
         kept = [a for a in admissions if a.receipt.upload_digest not in refused]
-        _check_quorum(context, len(kept))
+        check_quorum(context, len(kept))
         return kept
 
     def _fixed(
         self, row: RoundRow, context: RoundContext, manifest: list[Admission]
     ) -> list[Admission]:
         """Record the manifest, if it is of enough uploads."""
-        _check_quorum(context, len(manifest))
+        check_quorum(context, len(manifest))
         self._store.record_manifest(row.key, [a.receipt.upload_digest for a in manifest])
         self._store.advance(row.key, RoundState.SUMMING)
         failpoint("uploads-judged")
         return manifest
-
-    def _add_chunks(self, context: RoundContext, manifest: list[Admission]) -> NDArray[np.uint64]:
-        """The sum of these uploads, their noise added to what it hides: (plan.sum_blocks, 4096)."""
-        parts = []
-        for index in range(context.plan.chunks):
-            running = ResidueSum(context.plan.chunk_blocks(index))
-            for admission in manifest:
-                running.add(self._residues(context, admission.receipt.upload_digest, index))
-            parts.append(running.value())
-        return folded(np.concatenate(parts), context.plan.sum_blocks)
-
-    def _residues(self, context: RoundContext, name: bytes, index: int) -> NDArray[np.uint64]:
-        return widen(self._blobs.chunk(context.id, name, index), context.plan.chunk_blocks(index))
 
     def _apply(
         self,
@@ -532,18 +498,6 @@ class Coordinator:
             attempt=row.attempt,
             contributors=release.contributors,
             model_version=version,
-        )
-
-
-def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
-    return dithered(plan, residues, Stream(key))
-
-
-def _check_quorum(context: RoundContext, uploads: int) -> None:
-    if uploads < context.plan.min_clients:
-        raise QuorumError(
-            f"expected at least min_clients={context.plan.min_clients} accepted uploads at the "
-            f"deadline; got {uploads}; a longer deadline or more clients would help"
         )
 
 

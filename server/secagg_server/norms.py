@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import structlog
 
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
 from secagg.direction import Direction
-from secagg.errors import MalformedError, NormError
+from secagg.errors import NormError
 from secagg.failpoints import failpoint
 from secagg.parameters import Plan
 from secagg.receipts import Receipt
-from secagg.residues import widen
 from secagg.sketches import Sketch
 from secagg.upload import Admission
-from secagg.verdicts import Verdict
 from secagg.wire.codec import model_from_bytes
 from secagg_server.blobs import BlobStore
-from secagg_server.key_holder import KeyHolderStub, patiently
+from secagg_server.ciphertexts import Ciphertexts
+from secagg_server.judging import judge_norms
+from secagg_server.key_holder import KeyHolderStub
 from secagg_server.store import RoundRow, Store
 from secagg_server.tasks import TaskSpec
 
@@ -39,7 +38,6 @@ _REFUSED = (
     "left out of the sum"
 )
 _LOG = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 def compares(plan: Plan, model_version: int) -> bool:
@@ -52,8 +50,6 @@ class NormJudge:
     """Has the uploads of an attempt judged by what the key holder can see of their norm.
 
     Args:
-        compute: runs calculations that hold the interpreter's lock, such as in another process;
-            called from threads.
         secret: 32 bytes that outlive the process; all challenges follow from it.
         at_once: uploads that are sketched at the same time.
     """
@@ -62,15 +58,15 @@ class NormJudge:
         self,
         store: Store,
         blobs: BlobStore,
+        ciphertexts: Ciphertexts,
         key_holder: KeyHolderStub,
-        compute: Callable[..., Any],
         secret: bytes,
         at_once: int,
     ) -> None:
         self._store = store
         self._blobs = blobs
+        self._ciphertexts = ciphertexts
         self._key_holder = key_holder
-        self._compute = compute
         self._secret = secret
         self._at_once = at_once
 
@@ -110,21 +106,17 @@ class NormJudge:
         challenger = await asyncio.to_thread(self.challenger, spec, context)
         if challenger is None:
             return list(admissions)
-        asked: dict[Receipt, bytes] = {}
-        seconds = 0.0
+        seconds: list[float] = []
 
-        async def ask(admission: Admission) -> None:
-            nonlocal seconds
-            receipt = admission.receipt
-            sketch, took = await asyncio.to_thread(self._sketch, challenger, context.plan, receipt)
-            seconds += took
-            await patiently(lambda: self._key_holder.submit_sketch(context, sketch))
-            asked[receipt] = sketch.digest
-            failpoint("sketch-submitted")
+        def sketch(receipt: Receipt) -> Sketch:
+            started = time.perf_counter()
+            made = self._ciphertexts.sketch(challenger, context.plan, receipt)
+            seconds.append(time.perf_counter() - started)
+            return made
 
-        await _few_at_a_time(ask, admissions, self._at_once)
-        verdicts = await patiently(lambda: self._key_holder.verdicts(context))
-        await asyncio.to_thread(_require_answers, context, row.round_key_identity, asked, verdicts)
+        verdicts = await judge_norms(
+            self._key_holder, context, row.round_key_identity, admissions, sketch, self._at_once
+        )
         await asyncio.to_thread(self._store.record_verdicts, row.key, verdicts, _REFUSED)
         failpoint("verdicts-recorded")
         passed = {verdict.receipt for verdict in verdicts if verdict.accepted}
@@ -134,61 +126,6 @@ class NormJudge:
             attempt=row.attempt,
             accepted=len(passed),
             refused=len(verdicts) - len(passed),
-            sketch_s=round(seconds, 3),
+            sketch_s=round(sum(seconds), 3),
         )
         return [admission for admission in admissions if admission.receipt in passed]
-
-    def _sketch(self, challenger: Challenger, plan: Plan, receipt: Receipt) -> tuple[Sketch, float]:
-        """A sketch, and the seconds that it took."""
-        started = time.perf_counter()
-        sketch: Sketch = self._compute(_sketched, challenger, self._blobs, plan, receipt)
-        return sketch, time.perf_counter() - started
-
-
-def _sketched(challenger: Challenger, blobs: BlobStore, plan: Plan, receipt: Receipt) -> Sketch:
-    """Of an upload on the disk, of which one chunk at a time is in memory."""
-    context, name = receipt.context, receipt.upload_digest
-    chunks = (
-        widen(blobs.chunk(context, name, index), plan.chunk_blocks(index))
-        for index in range(plan.chunks)
-    )
-    return challenger.sketch_validated(receipt, chunks)
-
-
-def _require_answers(
-    context: RoundContext, identity: bytes, asked: Mapping[Receipt, bytes], verdicts: list[Verdict]
-) -> None:
-    """Refuse verdicts unless they are on exactly what was asked, by whoever endorsed the round."""
-    if sorted(v.receipt.upload_digest for v in verdicts) != sorted(
-        receipt.upload_digest for receipt in asked
-    ):
-        raise MalformedError(
-            "expected one verdict on each upload of the round; the key holder gave others; look at "
-            "the key holder"
-        )
-    for verdict in verdicts:
-        if asked.get(verdict.receipt) != verdict.sketch_digest:
-            raise MalformedError(
-                "expected verdicts on the sketches that were sent; one is on another; look at the "
-                "key holder"
-            )
-        verdict.verify(context.id, [identity])
-
-
-async def _few_at_a_time(
-    work: Callable[[_T], Awaitable[None]], items: Iterable[_T], at_once: int
-) -> None:
-    """Do some work on each item; the first error ends all of it."""
-    waiting = iter(items)
-
-    async def lane() -> None:
-        for item in waiting:
-            await work(item)
-
-    lanes = [asyncio.create_task(lane()) for _ in range(at_once)]
-    try:
-        await asyncio.gather(*lanes)
-    finally:
-        for each in lanes:
-            each.cancel()
-        await asyncio.wait(lanes)

@@ -49,7 +49,8 @@ from secagg.release import Release
 from secagg.upload import Upload
 from secagg.verdicts import Verdict
 from secagg.wire.codec import model_digest
-from secagg_server import norms, retention
+from secagg_server import ciphertexts, norms, retention
+from secagg_server.ciphertexts import Ciphertexts
 from secagg_server.key_holder import KEY_HOLDER_ATTEMPTS
 from secagg_server.schema import UploadRow
 from secagg_server.states import RoundState, TaskState, UploadState
@@ -767,7 +768,8 @@ async def test_sketches_can_be_computed_in_another_process_a_few_at_a_time(folde
                 running_now -= 1
 
     async with running(folder) as server:
-        server.coordinator._norms._compute = counted
+        # Its own: the low bits of the sum are no sketches.
+        server.coordinator._norms._ciphertexts = Ciphertexts(server.blobs, counted, bytes(32))
         server.create(task(PLAN, rounds=1))
         context = await collect(server, liars=[1, 3, 4])
         await server.ended()
@@ -792,9 +794,9 @@ def test_one_chunk_of_an_upload_is_in_memory_at_a_time(
             return [len(live) for _ in chunks]
 
     plan = cohort.long_plan()
-    monkeypatch.setattr(norms, "widen", lambda data, _blocks: data)
+    monkeypatch.setattr(ciphertexts, "widen", lambda data, _blocks: data)
     receipt = cohort.noise_upload(cohort.round_context(plan), 0).admission.receipt
-    seen = norms._sketched(Consuming(), Watched(), plan, receipt)  # type: ignore[arg-type]
+    seen = ciphertexts._sketched(Consuming(), Watched(), plan, receipt)  # type: ignore[arg-type]
     assert (seen, live) == ([1, 2, 3], [0, 1, 2])
 
 
@@ -805,7 +807,7 @@ def test_challenges_follow_from_the_secret_that_outlives_the_server(tmp_path: Pa
     challenger = server.coordinator._norms.challenger(task(SMALL), context)
     assert challenger is not None
     key = cohort.identity(0).public
-    secret = server.coordinator._secret
+    secret = server.coordinator._norms._secret
     assert challenger.key(key) == challenge_key(secret, context.id.digest, key)
     server.store.close()
 

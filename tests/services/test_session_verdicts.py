@@ -47,7 +47,7 @@ from secagg.wire.v1 import round_pb2
 from secagg_client import session as session_module
 from secagg_client.ledger import Fate
 from secagg_client.session import ClientSession, CurrentRound, Judgement
-from secagg_server import norms
+from secagg_server import ciphertexts
 from secagg_server.tasks import TaskSpec
 from secagg_server.verdicts import VerdictDesk
 
@@ -514,7 +514,7 @@ def forged(site: Site, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
         key = bytes(range(32))
         return sketch(context, receipt.upload_digest, [widen(data, plan.blocks)], key)
 
-    monkeypatch.setattr(norms, "_sketched", forging)
+    monkeypatch.setattr(ciphertexts, "_sketched", forging)
     site.create(checked_task(rounds=2))
     with site.session(0, outbox=outbox) as session:
         take_part(session, 0)

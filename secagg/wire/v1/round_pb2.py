@@ -24,27 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asecagg/wire/v1/round.proto\x12\x0esecagg.wire.v1\"\x84\x01\n\tContextId\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bplan_digest\x18\x04 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\x0c\x12\x14\n\x0cround_key_id\x18\x06 \x01(\x0c\"\xad\x01\n\x07Receipt\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\x12\x1a\n\x12sealed_seed_sha256\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x1c\n\x14\x63hallenge_commitment\x18\x06 \x01(\x0c\"J\n\tAdmission\x12(\n\x07receipt\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Receipt\x12\x13\n\x0bsealed_seed\x18\x02 \x01(\x0c\"]\n\x07Verdict\x12\x15\n\rupload_digest\x18\x01 \x01(\x0c\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.secagg.wire.v1.VerdictState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa0\x01\n\x0bNormVerdict\x12(\n\x07receipt\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Receipt\x12\x15\n\rsketch_digest\x18\x02 \x01(\x0c\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.secagg.wire.v1.VerdictState\x12\x10\n\x08identity\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c*\xf5\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_CREATED\x10\x01\x12\x1a\n\x16ROUND_STATE_COLLECTING\x10\x02\x12\x18\n\x14ROUND_STATE_CHECKING\x10\x03\x12\x17\n\x13ROUND_STATE_SUMMING\x10\x04\x12\x19\n\x15ROUND_STATE_RELEASING\x10\x05\x12\x14\n\x10ROUND_STATE_DONE\x10\x06\x12\x17\n\x13ROUND_STATE_ABORTED\x10\x07\x12\x18\n\x14ROUND_STATE_AUDITING\x10\x08*}\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x19\n\x15UPLOAD_STATE_ACCEPTED\x10\x02\x12\x19\n\x15UPLOAD_STATE_REJECTED\x10\x03*e\n\x0cVerdictState\x12\x1d\n\x19VERDICT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERDICT_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16VERDICT_STATE_REJECTED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asecagg/wire/v1/round.proto\x12\x0esecagg.wire.v1\"\x84\x01\n\tContextId\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bplan_digest\x18\x04 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\x0c\x12\x14\n\x0cround_key_id\x18\x06 \x01(\x0c\"\xad\x01\n\x07Receipt\x12*\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.ContextId\x12\x12\n\nclient_key\x18\x02 \x01(\x0c\x12\x15\n\rupload_digest\x18\x03 \x01(\x0c\x12\x1a\n\x12sealed_seed_sha256\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x1c\n\x14\x63hallenge_commitment\x18\x06 \x01(\x0c\"J\n\tAdmission\x12(\n\x07receipt\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Receipt\x12\x13\n\x0bsealed_seed\x18\x02 \x01(\x0c\"L\n\x0bWholeUpload\x12,\n\tadmission\x18\x01 \x01(\x0b\x32\x19.secagg.wire.v1.Admission\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"]\n\x07Verdict\x12\x15\n\rupload_digest\x18\x01 \x01(\x0c\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.secagg.wire.v1.VerdictState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa0\x01\n\x0bNormVerdict\x12(\n\x07receipt\x18\x01 \x01(\x0b\x32\x17.secagg.wire.v1.Receipt\x12\x15\n\rsketch_digest\x18\x02 \x01(\x0c\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.secagg.wire.v1.VerdictState\x12\x10\n\x08identity\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c*\xf5\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_CREATED\x10\x01\x12\x1a\n\x16ROUND_STATE_COLLECTING\x10\x02\x12\x18\n\x14ROUND_STATE_CHECKING\x10\x03\x12\x17\n\x13ROUND_STATE_SUMMING\x10\x04\x12\x19\n\x15ROUND_STATE_RELEASING\x10\x05\x12\x14\n\x10ROUND_STATE_DONE\x10\x06\x12\x17\n\x13ROUND_STATE_ABORTED\x10\x07\x12\x18\n\x14ROUND_STATE_AUDITING\x10\x08*}\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x19\n\x15UPLOAD_STATE_ACCEPTED\x10\x02\x12\x19\n\x15UPLOAD_STATE_REJECTED\x10\x03*e\n\x0cVerdictState\x12\x1d\n\x19VERDICT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERDICT_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16VERDICT_STATE_REJECTED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secagg.wire.v1.round_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUNDSTATE']._serialized_start=692
-  _globals['_ROUNDSTATE']._serialized_end=937
-  _globals['_UPLOADSTATE']._serialized_start=939
-  _globals['_UPLOADSTATE']._serialized_end=1064
-  _globals['_VERDICTSTATE']._serialized_start=1066
-  _globals['_VERDICTSTATE']._serialized_end=1167
+  _globals['_ROUNDSTATE']._serialized_start=770
+  _globals['_ROUNDSTATE']._serialized_end=1015
+  _globals['_UPLOADSTATE']._serialized_start=1017
+  _globals['_UPLOADSTATE']._serialized_end=1142
+  _globals['_VERDICTSTATE']._serialized_start=1144
+  _globals['_VERDICTSTATE']._serialized_end=1245
   _globals['_CONTEXTID']._serialized_start=47
   _globals['_CONTEXTID']._serialized_end=179
   _globals['_RECEIPT']._serialized_start=182
   _globals['_RECEIPT']._serialized_end=355
   _globals['_ADMISSION']._serialized_start=357
   _globals['_ADMISSION']._serialized_end=431
-  _globals['_VERDICT']._serialized_start=433
-  _globals['_VERDICT']._serialized_end=526
-  _globals['_NORMVERDICT']._serialized_start=529
-  _globals['_NORMVERDICT']._serialized_end=689
+  _globals['_WHOLEUPLOAD']._serialized_start=433
+  _globals['_WHOLEUPLOAD']._serialized_end=509
+  _globals['_VERDICT']._serialized_start=511
+  _globals['_VERDICT']._serialized_end=604
+  _globals['_NORMVERDICT']._serialized_start=607
+  _globals['_NORMVERDICT']._serialized_end=767
 # @@protoc_insertion_point(module_scope)

@@ -87,6 +87,14 @@ class Admission(_message.Message):
     sealed_seed: bytes
     def __init__(self, receipt: _Optional[_Union[Receipt, _Mapping]] = ..., sealed_seed: _Optional[bytes] = ...) -> None: ...
 
+class WholeUpload(_message.Message):
+    __slots__ = ("admission", "payload")
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    admission: Admission
+    payload: bytes
+    def __init__(self, admission: _Optional[_Union[Admission, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
 class Verdict(_message.Message):
     __slots__ = ("upload_digest", "state", "reason")
     UPLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
