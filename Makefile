@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint proto proto-check bench gallery privacy recommender clean
+.PHONY: help setup demo test test-slow docs lint proto proto-check bench secaggplus gallery privacy recommender clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,10 @@ test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
 test-slow: $(STAMP) ## Run the slow tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow --timeout 600
 
+docs: $(STAMP) ## Build the documentation site in build/site; a warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 lint: $(STAMP) ## Style, types, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,6 +53,10 @@ proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what i
 bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into the README
 	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
 	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
+	$(BIN)/python -m secagg_bench.readme
+
+secaggplus: $(STAMP) ## Measure a round beside Flower's SecAgg+, into the documentation (10 minutes)
+	$(BIN)/python -m secagg_bench.secaggplus --output bench/results/secaggplus.json
 	$(BIN)/python -m secagg_bench.readme
 
 gallery: $(STAMP) ## Measure what poisoning does and what stops it (needs SECAGG_DATA_DIR, minutes)

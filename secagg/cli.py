@@ -6,12 +6,15 @@ import the packages that build on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from secagg import audit_commands, privacy_commands, provisioning_commands
 from secagg.accounting import Budget, noise_multiplier_for
@@ -31,9 +34,47 @@ from secagg.planner import FAILURE_BITS, PRIVATE_MARGIN, Fact, explain, mean_noi
 from secagg.privacy import release_rho
 from secagg.sketch_shape import sketch_bytes
 
+if TYPE_CHECKING:
+    import click  # whose classes typer has copies of, depending on its version
+
 __all__ = ["app"]
 
-app = typer.Typer(help="Secure aggregation for federated recommenders.", no_args_is_help=True)
+_ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+class _Commands(TyperGroup):
+    """Ours, and those of other packages, which load when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *entry_points(group="secagg.commands").names]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or _of_another_package(cmd_name)
+
+
+def _of_another_package(name: str) -> click.Command | None:
+    alone = typer.Typer(add_completion=False)
+    for entry in entry_points(group="secagg.commands", name=name):
+        try:
+            alone.command(name)(entry.load())
+        except (ImportError, SecaggError) as error:
+            # An extra is not installed; `secagg` works without it, and says so when asked.
+            alone.command(name, hidden=True, context_settings=_ANYTHING)(_missing(str(error)))
+        return get_command(alone)
+    return None
+
+
+def _missing(why: str) -> Callable[[], None]:
+    @exits_cleanly
+    def command() -> None:
+        raise ConfigurationError(why)
+
+    return command
+
+
+app = typer.Typer(
+    help="Secure aggregation for federated recommenders.", no_args_is_help=True, cls=_Commands
+)
 app.add_typer(audit_commands.app, name="audit")
 app.add_typer(provisioning_commands.app, name="provision")
 app.command("privacy")(privacy_commands.privacy)
@@ -203,19 +244,6 @@ def _privacy_facts(plan: Plan, cost: _Cost) -> dict[str, object]:
         "epsilon_spent": cost.spent,
         "releases_within_budget": cost.fit,
     }
-
-
-def _add_plugins() -> None:
-    for entry in entry_points(group="secagg.commands"):
-        try:
-            command = entry.load()
-        except (ImportError, SecaggError):
-            # An extra is not installed; `secagg` works without it.
-            continue
-        app.command(entry.name)(command)
-
-
-_add_plugins()
 
 
 if __name__ == "__main__":

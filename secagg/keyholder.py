@@ -254,7 +254,7 @@ class KeyHolder:
         """Admit the uploads of an aggregate and open its sum.
 
         Raises:
-            see :meth:`admit` and :meth:`release_admitted`.
+            SecaggError: see :meth:`admit` and :meth:`release_admitted`.
         """
         if self._released is None:
             for admission in aggregate.manifest:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import click
+import pages
 import pytest
+from ports import free_addresses
+from typer.main import get_command
 
+import secagg.cli
+import secagg_client.cli
+import secagg_keyholder.cli
 import secagg_recommender.interactions  # noqa: F401 - adds its error to the tree
+import secagg_server.cli
 from secagg import errors
 from secagg.settings import Settings, load
 from secagg_bench.privacy.report import markdown
@@ -20,6 +33,16 @@ from secagg_server.task_files import read_task
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "docs" / "samples"
+# Their console blocks are executed as a whole.
+WALKED = {"tutorial.md", "operations.md"}
+# Their Python takes longer than a few seconds.
+SLOW = {"how-to/own-loop.md", "how-to/flower.md"}
+PROGRAMS = {
+    "secagg": secagg.cli.app,
+    "secagg-server": secagg_server.cli.app,
+    "secagg-keyholder": secagg_keyholder.cli.app,
+    "secagg-client": secagg_client.cli.app,
+}
 
 
 def _classes(root: type[errors.SecaggError]) -> list[type[errors.SecaggError]]:
@@ -87,3 +110,153 @@ def test_the_figures_of_the_privacy_page_are_those_of_the_results() -> None:
     ]
     assert len(quoted) > 40
     assert not [figure for figure in quoted if figure not in tables]
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(pages.DOCS).as_posix()
+
+
+def _pages_with_python() -> list[Any]:
+    return [
+        pytest.param(page, id=_name(page), marks=[pytest.mark.slow] * (_name(page) in SLOW))
+        for page in pages.pages()
+        if pages.script(page)
+    ]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("page", _pages_with_python())
+def test_the_python_of_a_page_runs_from_its_first_line_to_its_last(
+    page: Path, tmp_path: Path
+) -> None:
+    pages.write_files(page, tmp_path)
+    script = tmp_path / page.name.replace(".md", "-md.py")
+    script.write_text(pages.script(page), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, f"{page}, lines as on the page:\n{done.stderr[-3000:]}"
+    for line in pages.printed(page):
+        assert line in done.stdout.splitlines()
+
+
+def test_a_file_that_a_page_shows_is_run_by_the_page_or_is_one_of_the_examples() -> None:
+    examples = [path for path in pages.DOCS.glob("examples/**/*") if path.is_file()]
+    assert not [
+        f"{_name(page)}:{block.line} {block.title}"
+        for page in pages.pages()
+        for block in pages.blocks(page)
+        if block.title and not block.skipped
+        if not _is_run(block, page)
+        if not any(
+            path.name == Path(block.title).name
+            and path.read_text(encoding="utf-8").strip() == block.text.strip()
+            for path in examples
+        )
+    ]
+
+
+def _is_run(block: pages.Block, page: Path) -> bool:
+    """Whether what is executed of the page, or a file that it shows beside, names this one."""
+    walked = pages.commands(page) if _name(page) in WALKED else []
+    beside = [each.text for each in pages.blocks(page) if each.title not in ("", block.title)]
+    return any(Path(block.title).stem in text for text in [pages.script(page), *walked, *beside])
+
+
+def _calls(line: str) -> list[list[str]]:
+    """The calls of our programs in a line of shell: their words, up to what ends a call."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.wordchars += "…$"
+    calls: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("();<>|&"):
+            calls.append([])
+        elif calls[-1] or word in PROGRAMS:
+            calls[-1].append(word)
+    return [call for call in calls if call]
+
+
+def _wrong(call: list[str]) -> str:
+    """The first word of a call that its program does not know, or nothing."""
+    command: click.Command = get_command(PROGRAMS[call[0]])
+    for word in call[1:]:
+        if word.startswith("--"):
+            known = {flag for each in command.params for flag in [*each.opts, *each.secondary_opts]}
+            if word.split("=")[0] not in known | {"--help"}:
+                return word
+        elif hasattr(command, "get_command") and word.islower():
+            found = command.get_command(click.Context(command), word)
+            if found is None:
+                return word
+            command = found
+    return ""
+
+
+def test_the_commands_of_all_pages_exist_with_their_options() -> None:
+    found, wrong = 0, []
+    for page in [*pages.pages(), *ROOT.glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        inline = re.findall(r"`((?:secagg|secagg-[a-z]+) [^`]*)`", text)
+        for line in [*pages.commands(page), *inline]:
+            for call in _calls(" ".join(line.split())):
+                found += bool(call)
+                if word := _wrong(call):
+                    wrong.append(f"{page.name}: {word!r} in {line!r}")
+    assert found > 100
+    assert not wrong
+
+
+def test_a_command_or_option_that_does_not_exist_is_noticed() -> None:
+    assert not _wrong(["secagg", "plan", "--clients", "3", "--bits=8"])
+    assert _wrong(["secagg", "plam", "--clients", "3"]) == "plam"
+    assert _wrong(["secagg", "plan", "--client", "3"]) == "--client"
+    assert _wrong(["secagg-server", "task", "make"]) == "make"
+    assert _calls("A=1 until secagg plan; do secagg-client join 2>> x & done") == [
+        ["secagg", "plan"],
+        ["secagg-client", "join", "2"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_an_empty_folder_to_the_end(tmp_path: Path) -> None:
+    page = pages.DOCS / "tutorial.md"
+    pages.write_files(page, tmp_path)
+    client, admin, key_holder = free_addresses(3)
+    program = tmp_path / "client.py"
+    as_written = program.read_text(encoding="utf-8")
+    program.write_text(as_written.replace("127.0.0.1:7400", client), encoding="utf-8")
+    environment = _environment() | {
+        "SECAGG_KEYHOLDER_LISTEN": key_holder,
+        "SECAGG_SERVER_LISTEN": client,
+        "SECAGG_SERVER_ADMIN_LISTEN": admin,
+        "SECAGG_SERVER_KEY_HOLDER": key_holder,
+        "SECAGG_OPERATOR_ADMIN": admin,
+    }
+    ending = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(["set -e", ending, *pages.commands(page)])],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    logs = "".join(file.read_text(encoding="utf-8") for file in sorted(tmp_path.glob("*.log")))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + logs[-3000:]
+    errors_of_clinics = re.findall(r"clinic \d: off by (\d\.\d) days", done.stdout)
+    assert len(errors_of_clinics) == 3
+    assert len(set(errors_of_clinics)) == 1, "all have the same model"
+    # As in the loop above on the page; off by 2.0 days at the start.
+    assert float(errors_of_clinics[0]) < 0.3
+    assert "stays: finished" in done.stdout
+    assert "all as they were written" in done.stdout

@@ -14,7 +14,11 @@ __all__ = ["PAGES", "rendered"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "recommender.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "recommender.md",
+    ROOT / "docs" / "how-to" / "flower.md",
+)
 """What has such tables."""
 _KEYS = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
 
@@ -28,6 +32,7 @@ def rendered(page: str) -> str:
         "private": (_private, "privacy"),
         "next": (_next, "sessions"),
         "next item": (_next_item, "sessions"),
+        "secaggplus": (_secaggplus, "secaggplus"),
     }
     for name, (render, file) in blocks.items():
         before, opening, rest = page.partition(f"<!-- {name} -->\n")
@@ -193,6 +198,75 @@ def _next_item(results: dict[str, Any]) -> str:
     head = ["Amazon Beauty, next item", *results["tables"][0]["columns"][2:]]
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _secaggplus(results: dict[str, Any]) -> str:
+    largest, theirs = results["settings"][-1], results["secaggplus"]
+    machine = results["machine"]
+    note = (
+        f"Medians of {results['rounds']} interleaved rounds, processor time; trust the ratios more "
+        "than the milliseconds. SecAgg+ is Flower's own code, `secaggplus_mod` and "
+        "`SecAggPlusWorkflow`, with the time of sending and waiting left out and a strategy that "
+        "does nothing; of its shares, more than half open a secret. Both clip at 1 and round at "
+        f"random, SecAgg+ to {theirs['quantization_range'].bit_length() - 1} bits in "
+        f"{theirs['modulus_range'].bit_length() - 1}, which it sends as int64: how many bits do "
+        "not change its bytes or times. Ours adds what the server and the key holder compute. "
+        "A round is lost where a client has too few neighbours left; of ours, where fewer clients "
+        "are left than the plan's minimum. The clients that are gone leave after sharing their "
+        "keys, and so that the measured rounds are not lost. "
+        f"flwr {machine['flwr']}, numpy {machine['numpy']}, {machine['processor']}. From "
+        "`bench/results/secaggplus.json`, written by `make secaggplus`."
+    )
+    return "\n".join([*_one_cohort(largest), "", *_all_cohorts(results["settings"]), "", note, ""])
+
+
+def _one_cohort(setting: dict[str, Any]) -> list[str]:
+    """All figures of one model and cohort: a column a system."""
+    systems, parameters, gone = setting["systems"], setting["parameters"], setting["dropped"]
+
+    def judges(each: dict[str, Any], when: str = "") -> str:
+        return _time(each[f"server_{when}ms"] + each[f"key_holder_{when}ms"])
+
+    cells = {
+        "client, all stages": [_time(each["client_ms"]) for each in systems],
+        "upload, bytes a parameter": [
+            f"{each['upload_bytes'] / parameters:.2f}" for each in systems
+        ],
+        "messages a client answers": [str(each["round_trips"]) for each in systems],
+        "server and key holder": [judges(each) for each in systems],
+        f"the same, {gone} clients gone": [judges(each, "dropped_") for each in systems],
+        f"rounds lost when any {gone} are gone": [f"{each['lost']:.0%}" for each in systems],
+        "error of the mean, of its length": [f"{each['error']:.1g}" for each in systems],
+    }
+    head = f"{parameters:,} parameters, {setting['clients']} clients, one core"
+    names = [each["name"] if each["shares"] else f"secagg, {each['name']}" for each in systems]
+    return [
+        f"| {head} | {' | '.join(names)} |",
+        "|---|" + "--:|" * len(names),
+        *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items()),
+    ]
+
+
+def _all_cohorts(settings: list[dict[str, Any]]) -> list[str]:
+    """How many times SecAgg+ takes what we take with the first of our systems."""
+    rows = [
+        f"| {setting['parameters']:,} | {setting['clients']} | {each['shares']} "
+        f"| {each['client_ratio']:.2g} | {each['upload_ratio']:.2g} | {each['server_ratio']:.2g} "
+        f"| {each['server_dropped_ratio']:.2g} |"
+        for setting in settings
+        for each in setting["systems"]
+        if each["shares"]
+    ]
+    return [
+        "| SecAgg+ over secagg, 8 bits: parameters | clients | shares | client | upload "
+        "| server and key holder | a tenth gone |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+        *rows,
+    ]
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1000:.3g} s" if ms >= 1000 else f"{ms:.3g} ms"
 
 
 def main() -> None:

@@ -309,9 +309,12 @@ def download(
     With --labels, another task can start from the file even if its catalogue has changed.
     """
     from secagg_client.session import ClientSession
-    from secagg_recommender.warm_start import LABELS, labels_of
 
-    named = {} if labels is None else {LABELS: labels_of(read_npz(labels))}
+    named = {}
+    if labels is not None:
+        from secagg_recommender.warm_start import LABELS, labels_of
+
+        named = {LABELS: labels_of(read_npz(labels))}
     with ClientSession(
         settings.server, settings.task, settings.credentials(), insecure=settings.insecure
     ) as session:

@@ -3,3 +3,7 @@
 It opens one sum a round, over a list of receipts it has checked itself, and nothing else. What it
 has promised outlives it; the key of a round does not outlive the round.
 """
+
+from secagg.extras import require
+
+require("keyholder", "grpc", "pydantic", "structlog")

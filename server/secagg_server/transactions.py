@@ -25,6 +25,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.orm import Session, sessionmaker
 
 from secagg.errors import ConfigurationError, StorageError
+from secagg.extras import missing
 
 __all__ = ["Database", "HasDatabase", "reading", "writing"]
 
@@ -160,6 +161,8 @@ def _engine(url: str) -> Engine:
         parsed = make_url(url)
         parsed = parsed.set(drivername=_DRIVERS[parsed.drivername])
         engine = _sqlite(parsed) if parsed.drivername == "sqlite" else _postgresql(parsed)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(missing(error.name or "of a driver", "postgresql")) from None
     except (SQLAlchemyError, ImportError, ValueError, KeyError) as error:
         # Not the error's text: it may quote the URL, and the URL may hold a password.
         raise ConfigurationError(

@@ -116,6 +116,7 @@ def test_the_sum_is_that_of_the_integers_in_the_clear(
         found = current.conclude()
     assert names == [CLIENTS[0], CLIENTS[1], CLIENTS[3]]
     assert (found.contributors, found.refused) == (tuple(names), {})
+    assert not list(Path(server._folder.name).rglob(f"uploads/{task}/*/*"))
     wanted = cohort.clear_sums(current.context, (0, 1, 3))
     assert found.release.sha256 == sums_sha256(tuple(wanted))
     assert found.release.weight() == pytest.approx(

@@ -1,0 +1,498 @@
+"""The ServerApp's side: a strategy whose replies are ciphertexts, around one that sees their mean.
+
+Whom to ask, and what to do with the mean, is the inner strategy's business; it gets a single reply
+a round: the model moved by the mean of the updates, the means of the metrics, and the summed
+weight. In between, a round is opened at the key holder, offered to each node, and its sum opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from secagg.errors import (
+    BudgetError,
+    ConfigurationError,
+    PlanError,
+    QuorumError,
+    ReleaseError,
+    RoundError,
+    SecaggError,
+    UploadError,
+)
+from secagg.flower.arrays import as_received, moved, tensors_of
+from secagg.flower.envelopes import RECORD, Instruction
+from secagg.flower.fitting import require_fitting
+from secagg.flower.metrics import Metrics
+from secagg.flower.mod import UPDATE, task_of
+from secagg.flower.nodes import Nodes
+from secagg.flower.rounds import TaskRounds
+from secagg.flower.settings import server_settings
+from secagg.parameters import (
+    MIN_COHORT,
+    FloatSegment,
+    NormCheck,
+    Plan,
+    Privacy,
+    Segment,
+    TensorSpec,
+    Weighting,
+)
+from secagg.planner import PRIVATE_MARGIN, make_plan
+from secagg.quantize import Update
+from secagg.release import Release
+from secagg_server.embedded import EmbeddedServer
+
+__all__ = ["SecureAggregation"]
+
+_EXAMPLES = "num-examples"  # Flower's own default
+_FAREWELL_S = 30.0  # what a run waits for at its end, to have the last verdicts checked
+_LOG = logging.getLogger("flwr")
+
+
+class SecureAggregation(Strategy):
+    """Flower's strategies on encrypted updates.
+
+    Args:
+        strategy: one of Flower's that needs the mean of the updates alone, such as `FedAvg`,
+            `FedProx`, `FedAvgM`, `FedAdam`, `FedYogi` or `FedAdagrad`; or one of your own. Its
+            least numbers of nodes are raised to ``min_clients``.
+        context: the ServerApp's; says where kit and key holder are, see `settings`.
+        clip: L2 norm, in model units, to which a larger update (trained - received, over all
+            arrays of floats) is scaled down.
+        bits: of one quantised value, 2 to 16.
+        max_clients: most nodes in one sum; all clients that are enrolled now when omitted.
+        min_clients: fewest nodes whose sum is opened, 3 or more; a round with fewer is skipped.
+        weighting: ``"samples"`` (the default) weighs by number of examples, encrypted;
+            ``"equal"`` (the default with privacy) counts every node once.
+        weight_cap: examples beyond which a node gains no more weight. Of nodes with far fewer,
+            the updates are rounded more coarsely.
+        norm_check: what updates must pass before they are summed; by default `NormCheck`, with the
+            margin that privacy asks for, wherever a plan allows it; None for none.
+        privacy: noise and budget of the model and the training metrics. Once the budget is spent,
+            no more rounds are scheduled.
+        metrics: largest magnitude by name of the training metrics that are averaged, encrypted.
+            No others leave a node.
+        evaluate_metrics: the same for evaluation, which then is an encrypted round of its own. If
+            omitted, evaluation metrics travel in plaintext, as Flower sends them.
+        evaluate_privacy: noise and budget of these; with privacy, they must have one.
+        server: the connection to the key holder, which the caller then closes; made from the
+            context's settings when omitted.
+
+    Attributes:
+        sums: SHA-256 of the opened sums, in hexadecimal, by Flower's number of the training round.
+        contributors: nodes in the sum, by round.
+        refused: nodes that were asked and are not in it, by round, counted by reason.
+        releases: the opened sums themselves, by round.
+
+    Raises:
+        ConfigurationError: a strategy or a setting that can never work; says why.
+        IdentityError: the server's kit cannot be used; see `Kit.load`.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        context: Context,
+        *,
+        clip: float,
+        bits: int = 8,
+        max_clients: int | None = None,
+        min_clients: int = MIN_COHORT,
+        weighting: Weighting | None = None,
+        weight_cap: int = 1000,
+        norm_check: NormCheck | Literal["auto"] | None = "auto",
+        privacy: Privacy | None = None,
+        metrics: Mapping[str, float] | None = None,
+        evaluate_metrics: Mapping[str, float] | None = None,
+        evaluate_privacy: Privacy | None = None,
+        server: EmbeddedServer | None = None,
+    ) -> None:
+        super().__init__()
+        self._inner, self._context = require_fitting(strategy), context
+        if privacy and evaluate_metrics and not evaluate_privacy:
+            raise ConfigurationError(
+                "expected evaluate_privacy with evaluate_metrics, because privacy covers the model "
+                "and the training metrics alone; give it a budget of its own"
+            )
+        self._weighting = weighting or ("equal" if privacy else "samples")
+        self._weight_cap = weight_cap if self._weighting == "samples" else 1
+        weighted = self._weighting == "samples"
+        self._metrics = Metrics(metrics or {}, weighted)
+        self._evaluation = Metrics(evaluate_metrics or {}, weighted and not evaluate_privacy)
+        self._examples: str = getattr(strategy, "weighted_by_key", _EXAMPLES)
+        if self._examples in {**self._metrics.bounds, **self._evaluation.bounds}:
+            raise ConfigurationError(
+                f"expected metrics other than {self._examples!r}, which is the weight of all of "
+                "them; leave it out"
+            )
+        self._clip, self._bits, self._min_clients = clip, bits, min_clients
+        self._norm_check = norm_check
+        self._privacy, self._evaluate_privacy = privacy, evaluate_privacy
+        self._train = TaskRounds(task_of(context.run_id, training=True))
+        self._evaluate = TaskRounds(task_of(context.run_id, training=False))
+        self._nodes = Nodes()
+        self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
+        self._given = server
+        self._own: EmbeddedServer | None = None
+        self._over = self._evaluated = self._warned = False
+        self._model, self._key = ArrayRecord(), ""
+        self._asked: Message | None = None
+        self._timeout = 3600.0
+        self.sums: dict[int, str] = {}
+        self.contributors: dict[int, int] = {}
+        self.refused: dict[int, dict[str, int]] = {}
+        self.releases: dict[int, Release] = {}
+        self._raise_least_nodes()
+        self._max_clients = max_clients or max(MIN_COHORT, len(self.server.roster.active()))
+
+    @property
+    def server(self) -> EmbeddedServer:
+        """The connection to the key holder; made anew after `close`."""
+        if self._given is not None:
+            return self._given
+        if self._own is None:
+            settings = server_settings(self._context)
+            self._own = EmbeddedServer.load(settings.kit, settings.key_holder)
+        return self._own
+
+    def close(self) -> None:
+        """Give up what is open, and close the connection, unless it was given."""
+        self._train.abandon()
+        self._evaluate.abandon()
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
+    def summary(self) -> None:
+        """Log the settings, and the inner strategy's."""
+        noise = self._privacy.mode if self._privacy else "none"
+        budget = f", epsilon {self._privacy.epsilon:g}" if self._privacy else ""
+        _LOG.info("\t├──> Secure aggregation:")
+        _LOG.info("\t│\t├── Clients: %d to %d", self._min_clients, self._max_clients)
+        _LOG.info("\t│\t├── Clip norm: %g | bits: %d", self._clip, self._bits)
+        _LOG.info("\t│\t├── Weighting: %s, up to %d", self._weighting, self._weight_cap)
+        _LOG.info("\t│\t├── Privacy: %s%s", noise, budget)
+        _LOG.info("\t│\t└── Metrics: %s", ", ".join(sorted(self._metrics.bounds)) or "none")
+        self._inner.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds; see `Strategy.start`. Where none came about, the arrays are the first."""
+        self._timeout = timeout
+        try:
+            result = super().start(
+                grid,
+                initial_arrays,
+                num_rounds,
+                timeout,
+                train_config,
+                evaluate_config,
+                evaluate_fn,
+            )
+            self._farewell(grid)
+        finally:
+            self.close()
+        if not result.arrays:
+            result.arrays = initial_arrays
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages, each with the offer of an encrypted round."""
+        self._train.abandon()
+        if self._over:
+            return []
+        messages = list(self._inner.configure_train(server_round, arrays, config, grid))
+        if not messages:
+            return []
+        self._key, self._model = _model_of(messages, self._inner)
+        self._asked = messages[0]
+        tensors = tensors_of(self._model)
+        instruction = self._instruction(self._metrics, self._key)
+        try:
+            return self._offered(
+                self._train, self._plan(tensors), tensors, messages, instruction, grid
+            )
+        except BudgetError as error:
+            self._over = True
+            _LOG.info("secagg: no more rounds: %s: %s", error.reason, error)
+        except (RoundError, UploadError) as error:
+            _skipped("round", server_round, error)
+        return []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the inner strategy makes of the mean; nothing where no sum was opened."""
+        outcome = self._train.conclude(replies)
+        if outcome is None:
+            return None, None
+        self._nodes.keep_notices(outcome)
+        self.refused[server_round] = dict(outcome.refused)
+        release = outcome.release
+        try:
+            if release is None:
+                raise outcome.error or QuorumError("no sum")
+            arrays = moved(self._model, release.mean(UPDATE))
+            weight = release.weight(UPDATE) * self._weight_cap
+        except SecaggError as error:
+            _skipped("round", server_round, error, outcome.refused)
+            return None, None
+        self.releases[server_round] = release
+        self.sums[server_round] = release.sha256
+        self.contributors[server_round] = release.contributors
+        _opened("round", server_round, release, outcome.refused)
+        means = _means(self._metrics, release)
+        reply = self._reply({self._key: arrays}, means, weight)
+        result, aggregated = self._inner.aggregate_train(server_round, [reply])
+        return (None if result is None else as_received(self._model, result)), aggregated
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages; with the offer of an encrypted round, if one is wanted."""
+        self._evaluate.abandon()
+        if self._over or self._evaluated:
+            return []
+        messages = list(self._inner.configure_evaluate(server_round, arrays, config, grid))
+        if not messages:
+            return []
+        if not self._evaluation.bounds:
+            return self._in_plaintext(messages)
+        self._asked = messages[0]
+        plan = make_plan(
+            [self._evaluation.segment(self._max_clients)],
+            max_clients=self._max_clients,
+            min_clients=self._min_clients,
+            privacy=self._evaluate_privacy,
+        )
+        instruction = self._instruction(self._evaluation, "")
+        try:
+            return self._offered(self._evaluate, plan, None, messages, instruction, grid)
+        except BudgetError as error:
+            self._evaluated = True
+            _LOG.info("secagg: no more evaluation: %s: %s", error.reason, error)
+        except (RoundError, UploadError) as error:
+            _skipped("evaluation", server_round, error)
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """What the inner strategy makes of the means; or of the replies, where those are plain."""
+        if not self._evaluation.bounds:
+            return self._inner.aggregate_evaluate(server_round, replies)
+        outcome = self._evaluate.conclude(replies)
+        if outcome is None:
+            return None
+        release = outcome.release
+        try:
+            if release is None:
+                raise outcome.error or QuorumError("no sum")
+            means = self._evaluation.means(release)
+        except SecaggError as error:
+            _skipped("evaluation", server_round, error, outcome.refused)
+            return None
+        _opened("evaluation", server_round, release, outcome.refused)
+        weight = self._evaluation.weight(release) * self._weight_cap
+        return self._inner.aggregate_evaluate(server_round, [self._reply({}, means, weight)])
+
+    def _raise_least_nodes(self) -> None:
+        """Have the inner strategy ask, and wait for, as many nodes as a sum needs."""
+        names = ["min_train_nodes", "min_available_nodes"]
+        if self._evaluation.bounds:
+            names.append("min_evaluate_nodes")
+        for name in names:
+            least = getattr(self._inner, name, 0)
+            if 0 < least < self._min_clients:  # 0: the strategy leaves this part out
+                setattr(self._inner, name, self._min_clients)
+
+    def _instruction(self, metrics: Metrics, model: str) -> Instruction:
+        weighted = metrics.weighted
+        return Instruction(
+            model=model,
+            examples=self._examples if weighted else "",
+            weight_cap=self._weight_cap if weighted else 1,
+            bounds=metrics.bounds,
+        )
+
+    def _plan(self, tensors: Update) -> Plan:
+        """What a round of a model of these shapes computes on."""
+        specs = tuple(TensorSpec(name, np.shape(value)) for name, value in tensors.items())
+        if specs not in self._plans:
+            self._plans[specs] = self._made_plan(specs)
+        return self._plans[specs]
+
+    def _made_plan(self, specs: tuple[TensorSpec, ...]) -> Plan:
+        segments: list[Segment] = [
+            FloatSegment(UPDATE, specs, self._clip, self._bits, self._weighting, self._weight_cap)
+        ]
+        if self._metrics.bounds:
+            segments.append(self._metrics.segment(self._max_clients))
+
+        def plan(check: NormCheck | None) -> Plan:
+            return make_plan(
+                segments,
+                max_clients=self._max_clients,
+                min_clients=self._min_clients,
+                norm_check=check,
+                privacy=self._privacy,
+            )
+
+        if self._norm_check != "auto":
+            return plan(self._norm_check)
+        wide = self._privacy is not None and self._privacy.mode != "local"
+        try:
+            return plan(NormCheck(margin=PRIVATE_MARGIN) if wide else NormCheck())
+        except PlanError as error:
+            without = plan(None)
+            _LOG.warning("secagg: updates are not checked for their norm: %s", error)
+            return without
+
+    def _offered(
+        self,
+        task: TaskRounds,
+        plan: Plan,
+        model: Update | None,
+        messages: list[Message],
+        instruction: Instruction,
+        grid: Grid,
+    ) -> list[Message]:
+        """Open a round and offer it.
+
+        Raises:
+            QuorumError: there are too few nodes for a sum.
+            SecaggError: see `TaskRounds.open`.
+        """
+        refused = Counter[str]()
+        if plan.norm_check is not None:
+            refused = self._nodes.greet(messages, grid, self._timeout)
+            messages, others = self._nodes.enrolled(messages, self.server.roster)
+            refused += others
+        if len(messages) < plan.min_clients:
+            raise QuorumError(
+                f"expected at least min_clients={plan.min_clients} nodes to offer a round to; got "
+                f"{len(messages)}{_counted(refused)}"
+            )
+        opened = task.open(self.server, plan, model)
+        task.asked(len(messages), refused)
+        offer = b"" if plan.norm_check else opened.offer()
+        for message in messages:
+            own = offer or opened.offer(self._nodes.key(message) or b"")
+            notice = self._nodes.notice(message)
+            _instruct(message, replace(instruction, offer=own, notice=notice))
+        return messages
+
+    def _in_plaintext(self, messages: list[Message]) -> list[Message]:
+        if not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "secagg: evaluation metrics travel in plaintext, each node's by itself; name them "
+                "in evaluate_metrics to have them averaged encrypted, or set fraction_evaluate=0.0"
+            )
+        for message in messages:
+            if notice := self._nodes.notice(message):
+                _instruct(message, Instruction(notice=notice))
+        return messages
+
+    def _reply(
+        self, arrays: Mapping[str, ArrayRecord], means: Mapping[str, float], weight: float
+    ) -> Message:
+        """The one reply that the inner strategy gets."""
+        if self._asked is None:
+            raise RuntimeError("expected a round that was configured")
+        metrics = MetricRecord({**means, self._examples: weight})
+        return Message(RecordDict({**arrays, RECORD: metrics}), reply_to=self._asked)
+
+    def _farewell(self, grid: Grid) -> None:
+        """Tell the last verdicts to those who check them."""
+        if self._asked is None:
+            return
+        last = self._nodes.last_notices(self._asked.metadata.message_type)
+        if last:
+            grid.send_and_receive(last, timeout=min(self._timeout, _FAREWELL_S))
+
+
+def _model_of(messages: list[Message], strategy: Strategy) -> tuple[str, ArrayRecord]:
+    """The model that a round's messages carry, and the name of its record.
+
+    Raises:
+        ConfigurationError: not one, the same in all.
+    """
+    records = messages[0].content.array_records
+    key: str = getattr(strategy, "arrayrecord_key", "")
+    if key not in records:
+        if len(records) != 1:
+            raise ConfigurationError(
+                "expected one ArrayRecord in a training message, the model; got "
+                f"{sorted(records)}; give the strategy an arrayrecord_key"
+            )
+        (key,) = records
+    model = records[key]
+    if any(message.content.get(key) != model for message in messages[1:]):
+        raise ConfigurationError(
+            "expected the same model for all nodes of a round; the strategy sends different ones, "
+            "and the mean of their updates would be about neither"
+        )
+    return key, model
+
+
+def _instruct(message: Message, instruction: Instruction) -> None:
+    # The strategy's messages may share one content.
+    message.content = RecordDict({**message.content, RECORD: instruction.to_record()})
+
+
+def _means(metrics: Metrics, release: Release) -> dict[str, float]:
+    try:
+        return metrics.means(release)
+    except ReleaseError as error:
+        _LOG.warning("secagg: no metrics: %s: %s", error.reason, error)
+        return {}
+
+
+def _opened(what: str, number: int, release: Release, refused: Mapping[str, int]) -> None:
+    _LOG.info(
+        "secagg: %s %d: %d contributors, %d refused%s, sha256=%s",
+        what,
+        number,
+        release.contributors,
+        sum(refused.values()),
+        _counted(refused),
+        release.sha256,
+    )
+
+
+def _skipped(
+    what: str, number: int, error: SecaggError, refused: Mapping[str, int] | None = None
+) -> None:
+    _LOG.warning(
+        "secagg: %s %d skipped: %s: %s%s; the model stays as it is",
+        what,
+        number,
+        error.reason,
+        error,
+        _counted(refused or {}),
+    )
+
+
+def _counted(refused: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(refused.items()))
+    return f" ({counts})" if counts else ""

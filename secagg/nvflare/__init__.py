@@ -1,0 +1,17 @@
+"""NVFlare with encrypted aggregation: two filters on each client, one aggregator on the server.
+
+They stand where NVFlare's own filters for homomorphic encryption would: `SecaggJoin` among a
+client's task data filters, `SecaggEncryptor` among its task result filters, and `SecaggAggregator`
+as the aggregator of ScatterAndGather, FedAvg or FedOpt. NVFlare keeps the rest: who is asked, how
+messages travel, what its optimiser makes of the mean. Neither its server nor its controllers ever
+see a client's update; a key holder of its own process (`secagg-keyholder run`) opens the sums.
+"""
+
+from secagg.extras import require
+
+require("nvflare", "nvflare")
+
+from secagg.nvflare.client import SecaggEncryptor, SecaggJoin  # noqa: E402
+from secagg.nvflare.server import SecaggAggregator  # noqa: E402
+
+__all__ = ["SecaggAggregator", "SecaggEncryptor", "SecaggJoin"]

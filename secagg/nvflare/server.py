@@ -1,0 +1,300 @@
+"""The server's side: a round at the key holder for each of NVFlare's, and its mean as result."""
+
+from __future__ import annotations
+
+import contextlib
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from nvflare.apis.dxo import from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
+from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+
+from secagg.errors import ClosedError, ConfigurationError, IdentityError, RoundError, SecaggError
+from secagg.nvflare.messages import NOTICES, OFFERS, floats, job_of, path_of, round_of, upload_in
+from secagg.parameters import (
+    MIN_COHORT,
+    FloatSegment,
+    NormCheck,
+    Plan,
+    Privacy,
+    TensorSpec,
+    Weighting,
+)
+from secagg.planner import PRIVATE_MARGIN, make_plan
+from secagg_server.embedded import Conclusion, EmbeddedRound, EmbeddedServer
+
+__all__ = ["SHA256", "SecaggAggregator"]
+
+_SETTLE_S = 10.0  # for all clients together
+
+SHA256 = "secagg_sha256"
+"""Meta property of an aggregate: SHA-256 of the round's exact sums, in hexadecimal."""
+
+
+class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no types
+    """Aggregator that adds what it cannot read, and hands on what the key holder opens.
+
+    For ScatterAndGather (and so FedOpt), as the component ``aggregator``, and for FedAvg, as its
+    argument of that name. It puts the round's offer into each training task, takes the encrypted
+    answers, and returns their weighted mean as a ``WEIGHT_DIFF`` of the float arrays, whether the
+    clients return differences or whole models. The meta of the aggregate has the sums' SHA-256.
+
+    A round that cannot be opened, for example because too few updates have passed the checks,
+    raises, and NVFlare aborts the job with the reason.
+
+    Clients must be enrolled under their NVFlare names.
+
+    Args:
+        key_holder: address of the key holder, ``host:port``.
+        kit: folder of the server's kit, made by ``secagg provision``; what is relative starts at
+            the server's workspace.
+        task: the task id; the job's id when empty. See `SecaggJoin`.
+        clip: L2 norm, in model units, to which a larger update is scaled down.
+        bits: of one quantised coordinate, see `FloatSegment`.
+        weighting: ``"samples"`` weighs updates by the number of their local steps, encrypted;
+            ``"equal"`` by nothing.
+        weight_cap: steps beyond which a client gains no more weight; needed with ``"samples"``.
+            About the most steps that clients take: a much larger one makes quantisation coarse.
+        min_clients: fewest clients whose sum may be opened, 3 or more.
+        max_clients: most clients in a round; all that are enrolled when 0.
+        norm_check: whether updates are checked for their norm; or the fields of `NormCheck`.
+        privacy: the fields of `Privacy`; None for none.
+        train_task: name of the task whose results are updates.
+
+    Raises:
+        ConfigurationError: no ``weight_cap`` where one is needed.
+    """
+
+    def __init__(
+        self,
+        key_holder: str,
+        kit: str = "local/secagg",
+        task: str = "",
+        clip: float = 1.0,
+        bits: int = 8,
+        weighting: Weighting = "samples",
+        weight_cap: int = 0,
+        min_clients: int = MIN_COHORT,
+        max_clients: int = 0,
+        norm_check: bool | dict[str, Any] = True,
+        privacy: dict[str, Any] | None = None,
+        train_task: str = "train",
+    ) -> None:
+        super().__init__()
+        if weighting == "samples" and weight_cap < 1:
+            raise ConfigurationError(
+                'expected weight_cap with weighting="samples": about the most local steps that a '
+                f'client takes in a round; got {weight_cap=}; set it, or weighting="equal"'
+            )
+        # Under the names of the arguments: NVFlare writes a job's configuration from them.
+        self.key_holder = key_holder
+        self.kit = kit
+        self.task = task
+        self.clip = clip
+        self.bits = bits
+        self.weighting = weighting
+        self.weight_cap = weight_cap
+        self.min_clients = min_clients
+        self.max_clients = max_clients
+        self.norm_check = norm_check
+        self.privacy = privacy
+        self.train_task = train_task
+        self._lock = Lock()  # tasks are asked for, and answered, in many threads
+        self._server: EmbeddedServer | None = None
+        self._plan: Plan | None = None
+        self._types: dict[str, np.dtype[Any]] = {}
+        self._open: EmbeddedRound | None = None
+        self._judged: EmbeddedRound | None = None
+        self._asked: tuple[str, ...] = ()  # whose uploads are in it, or were refused
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Follow the run: open rounds as their tasks go out, and close everything at its end."""
+        super().handle_event(event_type, fl_ctx)
+        try:
+            if event_type == EventType.START_RUN:
+                self._server = EmbeddedServer.load(path_of(self.kit, fl_ctx), self.key_holder)
+            elif event_type == EventType.AFTER_TASK_DATA_FILTER:
+                if fl_ctx.get_prop(FLContextKey.TASK_NAME) == self.train_task:
+                    self._offer(fl_ctx)
+            elif event_type == EventType.ABOUT_TO_END_RUN:
+                self._settle(fl_ctx)
+            elif event_type == EventType.END_RUN:
+                self._close()
+        except SecaggError as error:
+            # An exception would only be logged.
+            self.system_panic(f"secagg: {error.reason}: {error}", fl_ctx)
+
+    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
+        """Take a client's answer; for ScatterAndGather.
+
+        Returns:
+            Whether it may be part of the sum; the log says why it may not.
+        """
+        self.fl_ctx = fl_ctx
+        try:
+            dxo = from_shareable(shareable)
+        except ValueError:
+            return self._take(None, None)
+        return self._take(dxo.data, dxo.get_meta_prop(MetaKey.PROCESSED_ALGORITHM))
+
+    def accept_model(self, model: FLModel) -> bool:
+        """Take a client's answer; for FedAvg. As :meth:`accept`."""
+        return self._take(model.params, model.meta.get(MetaKey.PROCESSED_ALGORITHM))
+
+    def aggregate_model(self) -> FLModel:
+        """Close the round and return the mean of its updates.
+
+        Returns:
+            A model of kind ``DIFF``: the mean, of the types that the model's arrays have.
+
+        Raises:
+            RoundError: the round cannot be opened; says why.
+            SecaggError: what else the key holder answered.
+        """
+        with self._lock:
+            current, self._open = self._open, None
+        if current is None:
+            raise ClosedError(
+                "expected a round with updates; no client has asked for its task; check the log "
+                "for why"
+            )
+        try:
+            conclusion = current.conclude()
+        except SecaggError as error:
+            self.error(f"secagg: {error.reason}: {error}")
+            raise
+        self._judged = current
+        self._asked = (*conclusion.contributors, *conclusion.refused)
+        return self._aggregate(current, conclusion)
+
+    def reset_stats(self) -> None:
+        """Nothing: a round ends with its aggregate."""
+
+    def _aggregate(self, current: EmbeddedRound, conclusion: Conclusion) -> FLModel:
+        release, number = conclusion.release, current.context.id.round_number
+        reasons = sorted(conclusion.refused.values())
+        self.info(
+            f"secagg: round {number}: {release.contributors} contributors, "
+            f"{len(reasons)} refused{reasons or ''}, sha256={release.sha256}"
+        )
+        mean = {name: value.astype(self._types[name]) for name, value in release.mean().items()}
+        return FLModel(params_type=ParamsType.DIFF, params=mean, meta={SHA256: release.sha256})
+
+    def _offer(self, fl_ctx: FLContext) -> None:
+        """Put into a client's task what it needs to take part, and the verdict on its last part."""
+        task: Shareable = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+        current = self._opened(task, fl_ctx)
+        name = fl_ctx.get_peer_context().get_identity_name()
+        keys = self._keys(name, fl_ctx)
+        task.set_header(OFFERS, {key.hex(): current.offer(key) for key in keys})
+        task.set_header(NOTICES, self._notices(keys))
+
+    def _settle(self, fl_ctx: FLContext) -> None:
+        """Show the clients of the last round their verdicts, which no other task will bring."""
+        messages = {}
+        for name in self._asked:
+            if notices := self._notices(self._keys(name, fl_ctx)):
+                messages[name] = Shareable()
+                messages[name].set_header(NOTICES, notices)
+        if messages:
+            engine = fl_ctx.get_engine()
+            found = engine.multicast_aux_requests(NOTICES, messages, _SETTLE_S, fl_ctx)
+            self.log_info(fl_ctx, f"DEBUG settle {messages.keys()} {found}")
+
+    def _keys(self, name: str, fl_ctx: FLContext) -> tuple[bytes, ...]:
+        """The signing keys of a client; none if it may not take part, which is its own trouble."""
+        try:
+            return self._running().roster.require(name).signing_keys
+        except IdentityError as error:
+            self.log_warning(fl_ctx, f"secagg: a client is left out: {error.reason}: {error}")
+            return ()
+
+    def _notices(self, keys: tuple[bytes, ...]) -> dict[str, bytes]:
+        """The verdicts of the last round on what was signed with these keys."""
+        found: dict[str, bytes] = {}
+        if self._judged is None:
+            return found
+        for key in keys:
+            with contextlib.suppress(ClosedError):  # nothing of it was judged
+                found[key.hex()] = self._judged.notice(key)
+        return found
+
+    def _opened(self, task: Shareable, fl_ctx: FLContext) -> EmbeddedRound:
+        """The round of a task, opened with the first client that asks for it."""
+        number = round_of(task)
+        with self._lock:
+            current = self._open
+            if current is not None:
+                if current.context.id.round_number == number:
+                    return current
+                current.abandon()
+            model = floats(from_shareable(task).data)
+            if self._plan is None:
+                self._plan = self._planned(model)
+                self._types = {name: value.dtype for name, value in model.items()}
+            self._open = self._running().open(
+                self._plan,
+                task_id=job_of(self.task, fl_ctx),
+                round_number=number,
+                model=model,
+            )
+            return self._open
+
+    def _planned(self, model: dict[str, Any]) -> Plan:
+        tensors = tuple(TensorSpec(name, value.shape) for name, value in model.items())
+        weighted = self.weighting == "samples"
+        segment = FloatSegment(
+            "update",
+            tensors,
+            self.clip,
+            self.bits,
+            self.weighting,
+            self.weight_cap if weighted else 1,
+        )
+        enrolled = len(self._running().roster.active())
+        privacy = Privacy(**self.privacy) if self.privacy else None
+        return make_plan(
+            [segment],
+            min_clients=self.min_clients,
+            max_clients=self.max_clients or max(enrolled, self.min_clients),
+            norm_check=self._checked(privacy),
+            privacy=privacy,
+        )
+
+    def _checked(self, privacy: Privacy | None) -> NormCheck | None:
+        if isinstance(self.norm_check, dict):
+            return NormCheck(**self.norm_check)
+        if not self.norm_check:
+            return None
+        return NormCheck(margin=PRIVATE_MARGIN) if privacy else NormCheck()
+
+    def _running(self) -> EmbeddedServer:
+        if self._server is None:
+            raise RoundError("expected a connection to the key holder; the run has none")
+        return self._server
+
+    def _take(self, data: object, algorithm: object) -> bool:
+        with self._lock:
+            current = self._open
+        try:
+            if current is None:
+                raise ClosedError("expected an open round; this one is over")
+            current.add(upload_in(data, algorithm))
+        except SecaggError as error:
+            self.warning(f"secagg: refused an update: {error.reason}: {error}")
+            return False
+        return True
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._open is not None:
+                self._open.abandon()
+            if self._server is not None:
+                self._server.close()
+            self._open = self._judged = self._server = None

@@ -1,0 +1,47 @@
+"""Where the programs start: a missing extra is one line and an exit code, not a traceback.
+
+Loads nothing but errors before it starts one. Each program names its own extra, which brings all
+that it needs, whichever package was missed first.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from secagg.errors import ConfigurationError
+from secagg.extras import missing
+
+__all__ = ["client", "key_holder", "secagg", "server"]
+
+
+def secagg() -> None:
+    """The `secagg` command."""
+    _start("secagg", "cli")
+
+
+def server() -> None:
+    """The `secagg-server` command."""
+    _start("secagg_server", "server")
+
+
+def key_holder() -> None:
+    """The `secagg-keyholder` command."""
+    _start("secagg_keyholder", "keyholder")
+
+
+def client() -> None:
+    """The `secagg-client` command."""
+    _start("secagg_client", "client")
+
+
+def _start(package: str, extra: str) -> None:
+    try:
+        import_module(f"{package}.cli").app()
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name.startswith("secagg"):
+            raise  # no extra brings our own modules
+        line = f"{ConfigurationError.reason}: {missing(name, extra)}"
+        print(line, file=sys.stderr)
+        raise SystemExit(ConfigurationError.exit_code) from None
