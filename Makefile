@@ -30,7 +30,7 @@ test-slow: $(STAMP) ## Run the slow tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow --timeout 600
 
 docs: $(STAMP) ## Build the documentation site in build/site; a warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 lint: $(STAMP) ## Style, types, and the direction of imports

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pages
 import pytest
 from ports import free_addresses
+from typer.core import TyperGroup
 from typer.main import get_command
 
 import secagg.cli
@@ -124,6 +126,27 @@ def _pages_with_python() -> list[Any]:
     ]
 
 
+def _run(
+    command: list[str], folder: Path, environment: dict[str, str], timeout_s: float = 100
+) -> tuple[int, str]:
+    """Exit status and output of a program, with which everything ends that it has started."""
+    program = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = program.communicate(timeout=timeout_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+    return program.returncode, output
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -135,18 +158,11 @@ def test_the_python_of_a_page_runs_from_its_first_line_to_its_last(
     pages.write_files(page, tmp_path)
     script = tmp_path / page.name.replace(".md", "-md.py")
     script.write_text(pages.script(page), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script.name],
-        cwd=tmp_path,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, f"{page}, lines as on the page:\n{done.stderr[-3000:]}"
+    status, output = _run([sys.executable, script.name], tmp_path, _environment())
+    assert status == 0, f"{page}, lines as on the page:\n{output[-3000:]}"
+    lines = iter(output.splitlines())
     for line in pages.printed(page):
-        assert line in done.stdout.splitlines()
+        assert line in lines, f"{page} says that it prints {line!r}"
 
 
 def test_a_file_that_a_page_shows_is_run_by_the_page_or_is_one_of_the_examples() -> None:
@@ -187,14 +203,14 @@ def _calls(line: str) -> list[list[str]]:
 
 def _wrong(call: list[str]) -> str:
     """The first word of a call that its program does not know, or nothing."""
-    command: click.Command = get_command(PROGRAMS[call[0]])
+    command = get_command(PROGRAMS[call[0]])
     for word in call[1:]:
         if word.startswith("--"):
             known = {flag for each in command.params for flag in [*each.opts, *each.secondary_opts]}
             if word.split("=")[0] not in known | {"--help"}:
                 return word
-        elif hasattr(command, "get_command") and word.islower():
-            found = command.get_command(click.Context(command), word)
+        elif isinstance(command, TyperGroup) and word.islower():
+            found = command.get_command(command.make_context("", [], resilient_parsing=True), word)
             if found is None:
                 return word
             command = found
@@ -242,21 +258,14 @@ def test_the_tutorial_runs_from_an_empty_folder_to_the_end(tmp_path: Path) -> No
         "SECAGG_OPERATOR_ADMIN": admin,
     }
     ending = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(["set -e", ending, *pages.commands(page)])],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    shell = "\n".join(["set -e", ending, *pages.commands(page)])
+    status, output = _run(["bash", "-c", shell], tmp_path, environment, timeout_s=280)
     logs = "".join(file.read_text(encoding="utf-8") for file in sorted(tmp_path.glob("*.log")))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + logs[-3000:]
-    errors_of_clinics = re.findall(r"clinic \d: off by (\d\.\d) days", done.stdout)
+    assert status == 0, output[-3000:] + logs[-3000:]
+    errors_of_clinics = re.findall(r"clinic \d: off by (\d\.\d) days", output)
     assert len(errors_of_clinics) == 3
     assert len(set(errors_of_clinics)) == 1, "all have the same model"
     # As in the loop above on the page; off by 2.0 days at the start.
     assert float(errors_of_clinics[0]) < 0.3
-    assert "stays: finished" in done.stdout
-    assert "all as they were written" in done.stdout
+    assert "stays: finished" in output
+    assert "all as they were written" in output

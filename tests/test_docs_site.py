@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-import click
 import pytest
 from google.protobuf.descriptor import FileDescriptor
 from pydantic import BaseModel
+from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 import secagg
@@ -117,16 +117,16 @@ def test_every_key_is_in_the_task_file_reference(hooks: Hooks) -> None:
 def test_every_command_and_option_is_in_the_reference(hooks: Hooks) -> None:
     page = hooks("reference_commands").commands_page()
 
-    def check(name: str, command: click.Command) -> int:
+    def check(name: str, command: TyperCommand | TyperGroup) -> int:
         part = words(entry(page, f" `{name}` {{"))
         for parameter in command.params:
-            if isinstance(parameter, click.Option) and "completion" not in parameter.opts[0]:
+            if isinstance(parameter, TyperOption) and "completion" not in parameter.opts[0]:
                 for flag in parameter.opts:
                     assert f"\n{flag}\n" in part, f"{name} {flag}"
-        if not hasattr(command, "list_commands"):
+        if not isinstance(command, TyperGroup):
             assert f"\n{name}" in part, "how it is called"
             return 1
-        context = click.Context(command)
+        context = command.make_context("", [], resilient_parsing=True)
         inner = [
             (each, command.get_command(context, each)) for each in command.list_commands(context)
         ]

@@ -153,6 +153,8 @@ def test_every_installed_command_starts_in_programs() -> None:
         ("secagg_keyholder.app", "grpc", "keyholder"),
         ("secagg_recommender.factorisation", "torch", "client"),
         ("secagg_bench.crypto", "matplotlib", "bench"),
+        ("secagg.flower", "flwr", "flower"),
+        ("secagg.nvflare", "nvflare", "nvflare"),
     ],
 )
 def test_an_import_names_the_extra(module: str, without: str, extra: str) -> None:

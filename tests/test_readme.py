@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-from ports import free_addresses
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,36 +89,3 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-@pytest.mark.slow
-def test_services_run_by_the_commands_of_the_readme(tmp_path: Path) -> None:
-    match = re.search(r"```console\n(\$ secagg provision init.*?)```", README, re.DOTALL)
-    assert match, "the README has lost its services"
-    commands = re.sub(r"^\$ ", "", match.group(1), flags=re.MULTILINE)
-    script = f"set -e\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n{commands}"
-    binaries = Path(sys.executable).parent
-    client, admin, key_holder = free_addresses(3)
-    environment = os.environ | {
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-        "COLUMNS": "200",
-        "SECAGG_KEYHOLDER_LISTEN": key_holder,
-        "SECAGG_SERVER_LISTEN": client,
-        "SECAGG_SERVER_ADMIN_LISTEN": admin,
-        "SECAGG_SERVER_KEY_HOLDER": key_holder,
-        "SECAGG_OPERATOR_ADMIN": admin,
-        "SECAGG_CLIENT_SERVER": client,
-    }
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "contributed to 10 rounds" in done.stdout
-    assert "recommender: finished" in done.stdout
-    assert "│ 10 │" in done.stdout, "ten recommendations"

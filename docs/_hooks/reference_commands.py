@@ -52,13 +52,7 @@ def options(info: dict[str, Any]) -> list[dict[str, Any]]:
 
 def commands_page() -> str:
     """Every command and every option of all programs."""
-    parts = [
-        "# Command lines\n",
-        "Four programs. Each command has `--help`, and `--install-completion` of a program makes "
-        "the shell complete its words. An error is one line on standard error, and an "
-        "[exit code](../errors.md) that says of what kind it is. Options that are settings can "
-        "also stand in a file or in the environment: see [configuration](configuration.md).\n",
-    ]
+    parts = []
     for name, info in commands():
         parts.append(f"{'###' if ' ' in name else '##'} `{name}` {{ #{name.replace(' ', '-')} }}\n")
         parts.append(f"{plain(info['help'] or '')}\n")
@@ -66,8 +60,8 @@ def commands_page() -> str:
         if "commands" not in info:
             words = [name, *(_metavar(each) for each in arguments)]
             parts.append(f"```text\n{' '.join(words)} [OPTIONS]\n```\n")
-        rows = [(code(_metavar(each)), plain(each.get("help") or "")) for each in arguments]
-        parts.append(table(("argument", "meaning"), rows))
+        given = [(code(_metavar(each)), plain(each.get("help") or "")) for each in arguments]
+        parts.append(table(("argument", "meaning"), given))
         rows = [(_flags(each), _kind(each), plain(_help(each))) for each in options(info)]
         parts.append(table(("option", "value", "meaning"), rows))
     return "\n".join(parts)
@@ -75,7 +69,8 @@ def commands_page() -> str:
 
 def _metavar(argument: dict[str, Any]) -> str:
     name = str(argument["name"]).upper()
-    return (name if argument["required"] else f"[{name}]") + "..." * (argument["nargs"] == -1)
+    several = "..." if argument["nargs"] == -1 else ""
+    return f"{name}{several}" if argument["required"] else f"[{name}]{several}"
 
 
 def _flags(option: dict[str, Any]) -> str:
@@ -90,7 +85,7 @@ def _kind(option: dict[str, Any]) -> str:
         return ", ".join(code(choice) for choice in kind["choices"])
     bounds = " to ".join(str(kind[end]) for end in ("min", "max") if kind.get(end) is not None)
     limits = f", {bounds}{'' if ' to ' in bounds else ' or more'}" if bounds else ""
-    return kind["name"].removesuffix(" range") + limits
+    return str(kind["name"]).removesuffix(" range") + limits
 
 
 def _help(option: dict[str, Any]) -> str:

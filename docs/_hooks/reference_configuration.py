@@ -46,14 +46,7 @@ _COLUMNS = ("setting", "value", "default", "meaning")
 
 def configuration_page() -> str:
     """Every setting of every program."""
-    parts = [
-        "# Configuration\n",
-        "A setting is looked for in the flags of the command, then in the environment, then in the "
-        "TOML file that `--config` names, then it has its default. Each has one name in all "
-        "three; the table gives it as it is in the file, in the environment and on the command "
-        "line. An unknown name is refused, with the one that was probably meant. `config check` "
-        "says what `run` would refuse, without starting.\n",
-    ]
+    parts = []
     for program in PROGRAMS:
         prefix = program.title.lower().replace(" ", "-")
         link = f"[A file with all of them](../samples/{program.sample})."
@@ -188,12 +181,7 @@ def _comment(text: str) -> Comment:
 def task_file_page() -> str:
     """Every key of a task file."""
     comments = sample_comments()
-    parts = [
-        "# Task files\n",
-        "What `secagg-server task create` takes: one TOML file a task. "
-        "[A file with every key](../samples/task.toml), with comments, is a good one to start "
-        "from. An unknown key is refused.\n",
-    ]
+    parts = []
     fields = list(task_fields())
     for section in dict.fromkeys(each.section for each in fields):
         here = [each for each in fields if each.section == section]

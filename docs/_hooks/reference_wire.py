@@ -51,12 +51,7 @@ def contract() -> list[FileDescriptorProto]:
 
 def wire_page() -> str:
     """Services with their methods, messages with their fields, enums with their values."""
-    parts = [
-        "# Wire contract\n",
-        "What client, server and key holder say to one another over gRPC, from the comments in "
-        "`proto/secagg/wire/v1`. [Deadlines, sizes and retries](../limits.md) and "
-        "[what each error means](../errors.md) are on pages of their own.\n",
-    ]
+    parts: list[str] = []
     for file in contract():
         comments = {
             tuple(each.path): each.leading_comments.strip()

@@ -1,4 +1,4 @@
-"""Builds of the site: generated pages, and links that lead out of docs/.
+"""Builds of the site: what of its pages is made from the code, and links that lead out of docs/.
 
 Pages link to files beside docs/ as they lie in the repository. Such a file comes along into the
 site at the same place, `CHANGELOG.md` and the like as pages; a link to a folder becomes a link to
@@ -28,20 +28,17 @@ GENERATED = {
     "reference/commands.md": commands_page,
     "reference/wire.md": wire_page,
 }
+MARK = "<!-- made when the site is built -->"
 # What stands for a file or folder of the repository in the site.
 _INSTEAD = {"README.md": "index.md", "proto/secagg/wire/v1": "reference/wire.md"}
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add what is generated, and what pages link to outside docs/."""
-    for path, page in GENERATED.items():
-        files.append(File.generated(config, path, content=page()))
+    """Add what pages link to outside docs/."""
     for name in PROJECT:
         files.append(_taken(ROOT / name, config))
     for page in files.documentation_pages():
-        if page.abs_src_path is None:
-            continue
         for match in _LINK.finditer(page.content_string):
             target = _target(page, match.group(2))
             if target.is_file() and not target.is_relative_to(DOCS):
@@ -52,11 +49,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links of the repository into links of the site."""
+    """Turn links of the repository into links of the site, and fill in what is made."""
     if page.file.src_uri == "errors.md":
         markdown = errors_page(markdown)
-    if page.file.abs_src_path is None:
-        return markdown
 
     def relinked(match: re.Match[str]) -> str:
         text, link, anchor = match.groups()
@@ -70,7 +65,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
                 return f"[{text}]({here}{anchor or ''})"
         return text
 
-    return _LINK.sub(relinked, markdown)
+    return _LINK.sub(relinked, markdown).replace(MARK, GENERATED.get(page.file.src_uri, str)())
 
 
 def _taken(file: Path, config: MkDocsConfig) -> File:

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-from secagg.errors import NonFiniteError, PlanError, SchemaError
+from secagg.errors import PlanError, SchemaError
 from secagg.parameters import TensorSpec
 
 __all__ = ["as_received", "difference", "moved", "tensors_of"]
@@ -45,8 +45,7 @@ def difference(received: ArrayRecord, trained: ArrayRecord) -> dict[str, NDArray
         trained: arrays of the same names and shapes.
 
     Raises:
-        SchemaError: others.
-        NonFiniteError: NaN or infinity in a trained array; names the array.
+        SchemaError: others. NaN and infinity are for the quantiser to refuse.
     """
     if trained.keys() != received.keys():
         missing, extra = sorted(received.keys() - trained.keys()), trained.keys() - received.keys()
@@ -140,10 +139,5 @@ def _changed(key: str, old: NDArray[Any], reply: Array) -> NDArray[np.float64]:
         )
     if new.dtype.kind not in "fiu":
         raise SchemaError(f"array {key!r}: expected floats; got {new.dtype}; convert it")
-    if not np.isfinite(new).all():
-        raise NonFiniteError(
-            f"array {key!r}: expected finite values; got NaN or infinity; skip this update or "
-            "lower the learning rate"
-        )
     # In float64, so that a small step away from a large value is not rounded before it is summed.
     return new.astype(np.float64) - old.astype(np.float64)

@@ -42,6 +42,7 @@ from secagg.errors import (
 from secagg.flower.arrays import difference, tensors_of
 from secagg.flower.envelopes import RECORD, Instruction, failure, greeting, sealed
 from secagg.flower.metrics import SEGMENT, Metrics
+from secagg.flower.plans import UPDATE
 from secagg.flower.settings import NodeSettings, node_settings
 from secagg.parameters import IntegerSegment
 from secagg.quantize import Contribution
@@ -50,10 +51,7 @@ from secagg.sampling import Stream
 from secagg_client.embedded import EmbeddedClient, JoinedRound
 from secagg_client.kits import ClientKit
 
-__all__ = ["UPDATE", "Rounding", "SecaggMod", "secagg_mod", "task_of"]
-
-UPDATE = "update"
-"""Name of the segment that the difference to the model travels in."""
+__all__ = ["Rounding", "SecaggMod", "secagg_mod", "task_of"]
 
 Rounding = Callable[[Context, RoundContext], Stream]
 """Makes a node's stream of the stochastic rounding for a round."""

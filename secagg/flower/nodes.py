@@ -52,12 +52,12 @@ class Nodes:
                 failed[reason_of(reply)] += 1
                 continue
             try:
-                self._learn(reply)
+                self._take(reply)
             except SecaggError as error:
                 failed[error.reason] += 1
         return +failed
 
-    def _learn(self, reply: Message) -> None:
+    def _take(self, reply: Message) -> None:
         key, judges = public_key_of(reply)
         node = reply.metadata.src_node_id
         self._keys[node] = key
@@ -84,8 +84,13 @@ class Nodes:
         """The public key of the node that a message is for; None if it is not known."""
         return self._keys.get(message.metadata.dst_node_id)
 
-    def keep_notices(self, outcome: Outcome) -> None:
-        """Have those who check verdicts told theirs, with their next message."""
+    def learn(self, outcome: Outcome) -> None:
+        """Have those who check verdicts told theirs, with their next message.
+
+        Nodes whose upload was not taken are greeted again: they may have got another key.
+        """
+        for node in outcome.strangers:
+            self._keys.pop(node, None)
         for node in self._judging.intersection(outcome.senders):
             # Whose upload was refused for its form has no verdict on its norm.
             with contextlib.suppress(ClosedError):

@@ -26,18 +26,28 @@ class Outcome:
     """What came of a round.
 
     Attributes:
-        release: the opened sum; None if there is none.
-        error: why there is none.
+        found: the opened sum, or why there is none.
         refused: nodes that were asked and are not in the sum, by reason.
         round: it, over; gives notices.
         senders: nodes whose upload was taken.
+        strangers: nodes whose upload was not, because of what it is.
     """
 
-    release: Release | None
-    error: SecaggError | None
+    found: Release | SecaggError
     refused: Mapping[str, int]
     round: EmbeddedRound = field(repr=False)
     senders: tuple[int, ...] = field(repr=False)
+    strangers: tuple[int, ...] = field(repr=False)
+
+    def opened(self) -> Release:
+        """The opened sum.
+
+        Raises:
+            SecaggError: why there is none.
+        """
+        if isinstance(self.found, SecaggError):
+            raise self.found
+        return self.found
 
 
 class TaskRounds:
@@ -69,7 +79,8 @@ class TaskRounds:
         try:
             opened = self._open(server, plan, model)
         except ClosedError:
-            # As many attempts at one number as the key holder allows.
+            if model is not None:
+                raise  # attempts are used up on this model, whatever the number
             self._next_number()
             opened = self._open(server, plan, model)
         self._round = opened
@@ -86,6 +97,11 @@ class TaskRounds:
             model=model,
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether a number has been gone through: a sum was handed over, or attempts used up."""
+        return self._number > 1
+
     def asked(self, nodes: int, refused: Mapping[str, int]) -> None:
         """Note how many nodes have an offer, and who has none, by reason."""
         self._asked, self._refused = nodes, Counter(refused)
@@ -95,36 +111,38 @@ class TaskRounds:
         if (current := self._round) is None:
             return None
         self._round = None
-        senders = []
-        answers = 0
+        senders, strangers = [], []
+        unanswered = self._asked
         for reply in replies:
-            answers += 1
+            unanswered -= 1
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                self._refused[reason_of(reply)] += 1
+                continue
             try:
-                if reply.has_error():
-                    self._refused[reason_of(reply)] += 1
-                    continue
                 current.add(ciphertext_of(reply))
-                senders.append(reply.metadata.src_node_id)
+                senders.append(node)
             except SecaggError as error:
                 self._refused[error.reason] += 1
-        if self._asked > answers:
-            self._refused[NO_REPLY] += self._asked - answers
-        release, failure = self._release(current)
-        return Outcome(release, failure, dict(self._refused), current, tuple(senders))
+                strangers.append(node)
+        if unanswered > 0:
+            self._refused[NO_REPLY] += unanswered
+        found = self._release(current)
+        return Outcome(found, dict(self._refused), current, tuple(senders), tuple(strangers))
 
-    def _release(self, current: EmbeddedRound) -> tuple[Release | None, SecaggError | None]:
+    def _release(self, current: EmbeddedRound) -> Release | SecaggError:
         try:
             conclusion = current.conclude()
         except ReleaseError as error:
             # The key holder may have seen the sum: never a second one of this number.
             self._next_number()
-            return None, error
+            return error
         except SecaggError as error:
             self._attempt += 1
-            return None, error
+            return error
         self._next_number()
         self._refused.update(conclusion.refused.values())
-        return conclusion.release, None
+        return conclusion.release
 
     def _next_number(self) -> None:
         self._number, self._attempt = self._number + 1, 1

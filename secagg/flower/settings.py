@@ -3,22 +3,17 @@
 A node's own configuration (``flower-supernode --node-config``) wins over the run's (the app's
 ``[tool.flwr.app.config]``, or ``flwr run --run-config``). An empty text counts as not set.
 
-==========================  =====  =======  =====================================================
-key                         run    node     meaning
-==========================  =====  =======  =====================================================
-``secagg-key-holder``       yes             ``host:port`` of the key holder
-``secagg-kits``             yes             folder of `secagg provision`, for one machine: the
-                                            server uses ``server`` in it, the node of partition i
-                                            the i-th folder of ``clients``, sorted by name
-``secagg-kit``              server  yes     folder of one kit: the server's, or the node's
-``secagg-state``            yes     yes     folder of a client's ledger, pause switch and uploads;
-                                            in the run's, each client has a folder of its own in
-                                            it, named like its kit
-``secagg-max-epsilon``              yes     see `Limits`; needs a state folder
-``secagg-require-privacy``          yes     see `Limits`
-==========================  =====  =======  =====================================================
+* `secagg-key-holder` (run): `host:port` of the key holder.
+* `secagg-kits` (run): the folder that `secagg provision init` made, where all is on one machine;
+  the server takes `server` in it, the node of partition i the i-th of `clients`, sorted by name.
+* `secagg-kit`: the folder of one kit; in the run's configuration the server's, in a node's its own.
+* `secagg-state` (node, or run): folder of a client's ledger, pause switch and newest upload. In the
+  run's configuration, each client has a folder in it, named like its kit.
+* `secagg-max-epsilon`, `secagg-require-privacy` (node): see `secagg_client.ledger.Limits`; the
+  former needs a state folder.
 
-The server's kit may also be named by ``SECAGG_FLOWER_KIT`` in the ServerApp's environment.
+The server's kit may also be named by `SECAGG_FLOWER_KIT` in the ServerApp's environment. Relative
+paths start at the working directory of the process.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -21,7 +20,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from secagg.errors import (
     BudgetError,
     ConfigurationError,
-    PlanError,
     QuorumError,
     ReleaseError,
     RoundError,
@@ -32,21 +30,12 @@ from secagg.flower.arrays import as_received, moved, tensors_of
 from secagg.flower.envelopes import RECORD, Instruction
 from secagg.flower.fitting import require_fitting
 from secagg.flower.metrics import Metrics
-from secagg.flower.mod import UPDATE, task_of
+from secagg.flower.mod import task_of
 from secagg.flower.nodes import Nodes
+from secagg.flower.plans import UPDATE, Terms
 from secagg.flower.rounds import TaskRounds
 from secagg.flower.settings import server_settings
-from secagg.parameters import (
-    MIN_COHORT,
-    FloatSegment,
-    NormCheck,
-    Plan,
-    Privacy,
-    Segment,
-    TensorSpec,
-    Weighting,
-)
-from secagg.planner import PRIVATE_MARGIN, make_plan
+from secagg.parameters import MIN_COHORT, NormCheck, Plan, Privacy, Weighting
 from secagg.quantize import Update
 from secagg.release import Release
 from secagg_server.embedded import EmbeddedServer
@@ -76,7 +65,7 @@ class SecureAggregation(Strategy):
         weight_cap: examples beyond which a node gains no more weight. Of nodes with far fewer,
             the updates are rounded more coarsely.
         norm_check: what updates must pass before they are summed; by default `NormCheck`, with the
-            margin that privacy asks for, wherever a plan allows it; None for none.
+            margin that privacy asks for; None for nothing.
         privacy: noise and budget of the model and the training metrics. Once the budget is spent,
             no more rounds are scheduled.
         metrics: largest magnitude by name of the training metrics that are averaged, encrypted.
@@ -123,36 +112,42 @@ class SecureAggregation(Strategy):
                 "expected evaluate_privacy with evaluate_metrics, because privacy covers the model "
                 "and the training metrics alone; give it a budget of its own"
             )
-        self._weighting = weighting or ("equal" if privacy else "samples")
-        self._weight_cap = weight_cap if self._weighting == "samples" else 1
-        weighted = self._weighting == "samples"
-        self._metrics = Metrics(metrics or {}, weighted)
+        weighting = weighting or ("equal" if privacy else "samples")
+        weighted = weighting == "samples"
+        averaged = Metrics(metrics or {}, weighted)
         self._evaluation = Metrics(evaluate_metrics or {}, weighted and not evaluate_privacy)
+        self._evaluate_privacy = evaluate_privacy
         self._examples: str = getattr(strategy, "weighted_by_key", _EXAMPLES)
-        if self._examples in {**self._metrics.bounds, **self._evaluation.bounds}:
+        if self._examples in {**averaged.bounds, **self._evaluation.bounds}:
             raise ConfigurationError(
                 f"expected metrics other than {self._examples!r}, which is the weight of all of "
                 "them; leave it out"
             )
-        self._clip, self._bits, self._min_clients = clip, bits, min_clients
-        self._norm_check = norm_check
-        self._privacy, self._evaluate_privacy = privacy, evaluate_privacy
         self._train = TaskRounds(task_of(context.run_id, training=True))
         self._evaluate = TaskRounds(task_of(context.run_id, training=False))
         self._nodes = Nodes()
-        self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
         self._given = server
         self._own: EmbeddedServer | None = None
-        self._over = self._evaluated = self._warned = False
+        self._training_over = self._evaluation_over = self._warned = False
         self._model, self._key = ArrayRecord(), ""
-        self._asked: Message | None = None
+        self._asked: dict[TaskRounds, Message] = {}  # one of the messages of each task's round
         self._timeout = 3600.0
         self.sums: dict[int, str] = {}
         self.contributors: dict[int, int] = {}
         self.refused: dict[int, dict[str, int]] = {}
         self.releases: dict[int, Release] = {}
+        self._terms = Terms(
+            clip,
+            bits,
+            min_clients,
+            max_clients or max(MIN_COHORT, len(self.server.roster.active())),
+            weighting,
+            weight_cap if weighted else 1,
+            norm_check,
+            privacy,
+            averaged,
+        )
         self._raise_least_nodes()
-        self._max_clients = max_clients or max(MIN_COHORT, len(self.server.roster.active()))
 
     @property
     def server(self) -> EmbeddedServer:
@@ -174,14 +169,14 @@ class SecureAggregation(Strategy):
 
     def summary(self) -> None:
         """Log the settings, and the inner strategy's."""
-        noise = self._privacy.mode if self._privacy else "none"
-        budget = f", epsilon {self._privacy.epsilon:g}" if self._privacy else ""
+        terms, privacy = self._terms, self._terms.privacy
+        budget = f"{privacy.mode}, epsilon {privacy.epsilon:g}" if privacy else "none"
         _LOG.info("\t├──> Secure aggregation:")
-        _LOG.info("\t│\t├── Clients: %d to %d", self._min_clients, self._max_clients)
-        _LOG.info("\t│\t├── Clip norm: %g | bits: %d", self._clip, self._bits)
-        _LOG.info("\t│\t├── Weighting: %s, up to %d", self._weighting, self._weight_cap)
-        _LOG.info("\t│\t├── Privacy: %s%s", noise, budget)
-        _LOG.info("\t│\t└── Metrics: %s", ", ".join(sorted(self._metrics.bounds)) or "none")
+        _LOG.info("\t│\t├── Clients: %d to %d", terms.min_clients, terms.max_clients)
+        _LOG.info("\t│\t├── Clip norm: %g | bits: %d", terms.clip, terms.bits)
+        _LOG.info("\t│\t├── Weighting: %s, up to %d", terms.weighting, terms.weight_cap)
+        _LOG.info("\t│\t├── Privacy: %s", budget)
+        _LOG.info("\t│\t└── Metrics: %s", ", ".join(sorted(terms.metrics.bounds)) or "none")
         self._inner.summary()
 
     def start(
@@ -218,21 +213,21 @@ class SecureAggregation(Strategy):
     ) -> Iterable[Message]:
         """The inner strategy's messages, each with the offer of an encrypted round."""
         self._train.abandon()
-        if self._over:
+        if self._training_over:
             return []
         messages = list(self._inner.configure_train(server_round, arrays, config, grid))
         if not messages:
             return []
         self._key, self._model = _model_of(messages, self._inner)
-        self._asked = messages[0]
         tensors = tensors_of(self._model)
-        instruction = self._instruction(self._metrics, self._key)
+        plan = self._terms.training(tensors)
+        instruction = self._instruction(self._terms.metrics, self._key)
         try:
-            return self._offered(
-                self._train, self._plan(tensors), tensors, messages, instruction, grid
-            )
+            return self._offered(self._train, plan, tensors, messages, instruction, grid)
         except BudgetError as error:
-            self._over = True
+            if not self._train.begun:
+                raise  # there never was a budget for a single round
+            self._training_over = True
             _LOG.info("secagg: no more rounds: %s: %s", error.reason, error)
         except (RoundError, UploadError) as error:
             _skipped("round", server_round, error)
@@ -245,14 +240,12 @@ class SecureAggregation(Strategy):
         outcome = self._train.conclude(replies)
         if outcome is None:
             return None, None
-        self._nodes.keep_notices(outcome)
+        self._nodes.learn(outcome)
         self.refused[server_round] = dict(outcome.refused)
-        release = outcome.release
         try:
-            if release is None:
-                raise outcome.error or QuorumError("no sum")
+            release = outcome.opened()
             arrays = moved(self._model, release.mean(UPDATE))
-            weight = release.weight(UPDATE) * self._weight_cap
+            weight = release.weight(UPDATE) * self._terms.weight_cap
         except SecaggError as error:
             _skipped("round", server_round, error, outcome.refused)
             return None, None
@@ -260,8 +253,8 @@ class SecureAggregation(Strategy):
         self.sums[server_round] = release.sha256
         self.contributors[server_round] = release.contributors
         _opened("round", server_round, release, outcome.refused)
-        means = _means(self._metrics, release)
-        reply = self._reply({self._key: arrays}, means, weight)
+        means = _means(self._terms.metrics, release)
+        reply = self._reply(self._train, {self._key: arrays}, means, weight)
         result, aggregated = self._inner.aggregate_train(server_round, [reply])
         return (None if result is None else as_received(self._model, result)), aggregated
 
@@ -270,25 +263,21 @@ class SecureAggregation(Strategy):
     ) -> Iterable[Message]:
         """The inner strategy's messages; with the offer of an encrypted round, if one is wanted."""
         self._evaluate.abandon()
-        if self._over or self._evaluated:
+        if self._training_over or self._evaluation_over:
             return []
         messages = list(self._inner.configure_evaluate(server_round, arrays, config, grid))
         if not messages:
             return []
         if not self._evaluation.bounds:
             return self._in_plaintext(messages)
-        self._asked = messages[0]
-        plan = make_plan(
-            [self._evaluation.segment(self._max_clients)],
-            max_clients=self._max_clients,
-            min_clients=self._min_clients,
-            privacy=self._evaluate_privacy,
-        )
+        plan = self._terms.evaluation(self._evaluation, self._evaluate_privacy)
         instruction = self._instruction(self._evaluation, "")
         try:
             return self._offered(self._evaluate, plan, None, messages, instruction, grid)
         except BudgetError as error:
-            self._evaluated = True
+            if not self._evaluate.begun:
+                raise
+            self._evaluation_over = True
             _LOG.info("secagg: no more evaluation: %s: %s", error.reason, error)
         except (RoundError, UploadError) as error:
             _skipped("evaluation", server_round, error)
@@ -303,17 +292,17 @@ class SecureAggregation(Strategy):
         outcome = self._evaluate.conclude(replies)
         if outcome is None:
             return None
-        release = outcome.release
         try:
-            if release is None:
-                raise outcome.error or QuorumError("no sum")
+            release = outcome.opened()
             means = self._evaluation.means(release)
         except SecaggError as error:
             _skipped("evaluation", server_round, error, outcome.refused)
             return None
         _opened("evaluation", server_round, release, outcome.refused)
-        weight = self._evaluation.weight(release) * self._weight_cap
-        return self._inner.aggregate_evaluate(server_round, [self._reply({}, means, weight)])
+        cap = self._terms.weight_cap if self._evaluation.weighted else 1
+        weight = self._evaluation.weight(release) * cap
+        reply = self._reply(self._evaluate, {}, means, weight)
+        return self._inner.aggregate_evaluate(server_round, [reply])
 
     def _raise_least_nodes(self) -> None:
         """Have the inner strategy ask, and wait for, as many nodes as a sum needs."""
@@ -322,50 +311,17 @@ class SecureAggregation(Strategy):
             names.append("min_evaluate_nodes")
         for name in names:
             least = getattr(self._inner, name, 0)
-            if 0 < least < self._min_clients:  # 0: the strategy leaves this part out
-                setattr(self._inner, name, self._min_clients)
+            if 0 < least < self._terms.min_clients:  # 0: the strategy leaves this part out
+                setattr(self._inner, name, self._terms.min_clients)
 
     def _instruction(self, metrics: Metrics, model: str) -> Instruction:
         weighted = metrics.weighted
         return Instruction(
             model=model,
             examples=self._examples if weighted else "",
-            weight_cap=self._weight_cap if weighted else 1,
+            weight_cap=self._terms.weight_cap if weighted else 1,
             bounds=metrics.bounds,
         )
-
-    def _plan(self, tensors: Update) -> Plan:
-        """What a round of a model of these shapes computes on."""
-        specs = tuple(TensorSpec(name, np.shape(value)) for name, value in tensors.items())
-        if specs not in self._plans:
-            self._plans[specs] = self._made_plan(specs)
-        return self._plans[specs]
-
-    def _made_plan(self, specs: tuple[TensorSpec, ...]) -> Plan:
-        segments: list[Segment] = [
-            FloatSegment(UPDATE, specs, self._clip, self._bits, self._weighting, self._weight_cap)
-        ]
-        if self._metrics.bounds:
-            segments.append(self._metrics.segment(self._max_clients))
-
-        def plan(check: NormCheck | None) -> Plan:
-            return make_plan(
-                segments,
-                max_clients=self._max_clients,
-                min_clients=self._min_clients,
-                norm_check=check,
-                privacy=self._privacy,
-            )
-
-        if self._norm_check != "auto":
-            return plan(self._norm_check)
-        wide = self._privacy is not None and self._privacy.mode != "local"
-        try:
-            return plan(NormCheck(margin=PRIVATE_MARGIN) if wide else NormCheck())
-        except PlanError as error:
-            without = plan(None)
-            _LOG.warning("secagg: updates are not checked for their norm: %s", error)
-            return without
 
     def _offered(
         self,
@@ -393,6 +349,7 @@ class SecureAggregation(Strategy):
                 f"{len(messages)}{_counted(refused)}"
             )
         opened = task.open(self.server, plan, model)
+        self._asked[task] = messages[0]
         task.asked(len(messages), refused)
         offer = b"" if plan.norm_check else opened.offer()
         for message in messages:
@@ -405,8 +362,10 @@ class SecureAggregation(Strategy):
         if not self._warned:
             self._warned = True
             _LOG.warning(
-                "secagg: evaluation metrics travel in plaintext, each node's by itself; name them "
-                "in evaluate_metrics to have them averaged encrypted, or set fraction_evaluate=0.0"
+                "secagg: evaluation metrics travel in plaintext, each node's by itself%s; name "
+                "them in evaluate_metrics to have them averaged encrypted, or set "
+                "fraction_evaluate=0.0",
+                ", and the privacy budget does not cover them" if self._terms.privacy else "",
             )
         for message in messages:
             if notice := self._nodes.notice(message):
@@ -414,20 +373,21 @@ class SecureAggregation(Strategy):
         return messages
 
     def _reply(
-        self, arrays: Mapping[str, ArrayRecord], means: Mapping[str, float], weight: float
+        self,
+        task: TaskRounds,
+        arrays: Mapping[str, ArrayRecord],
+        means: Mapping[str, float],
+        weight: float,
     ) -> Message:
         """The one reply that the inner strategy gets."""
-        if self._asked is None:
-            raise RuntimeError("expected a round that was configured")
         metrics = MetricRecord({**means, self._examples: weight})
-        return Message(RecordDict({**arrays, RECORD: metrics}), reply_to=self._asked)
+        return Message(RecordDict({**arrays, RECORD: metrics}), reply_to=self._asked[task])
 
     def _farewell(self, grid: Grid) -> None:
         """Tell the last verdicts to those who check them."""
-        if self._asked is None:
+        if (asked := self._asked.get(self._train)) is None:
             return
-        last = self._nodes.last_notices(self._asked.metadata.message_type)
-        if last:
+        if last := self._nodes.last_notices(asked.metadata.message_type):
             grid.send_and_receive(last, timeout=min(self._timeout, _FAREWELL_S))
 
 
@@ -456,6 +416,10 @@ def _model_of(messages: list[Message], strategy: Strategy) -> tuple[str, ArrayRe
 
 
 def _instruct(message: Message, instruction: Instruction) -> None:
+    if RECORD in message.content:
+        raise ConfigurationError(
+            f"expected messages without a record {RECORD!r}, which is the one for offers; rename it"
+        )
     # The strategy's messages may share one content.
     message.content = RecordDict({**message.content, RECORD: instruction.to_record()})
 

@@ -46,8 +46,10 @@ class _Site:
 
 
 class _InstalledFilter(Filter):  # type: ignore[misc] # NVFlare has no types
+    """A filter of a package that sites have installed."""
+
     def add_to_fed_job(self, job: Any, ctx: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """What NVFlare's job API calls; none of our sources is to travel in a job."""
+        """What NVFlare's job API calls: none of our sources is to travel in a job."""
         job.set_app_packages(sorted({*job.job.app_packages, "secagg"}))
         super().add_to_fed_job(job, ctx, **kwargs)
 
@@ -106,8 +108,8 @@ class SecaggJoin(_InstalledFilter):
         self._settle(site, shareable, fl_ctx)
         if (key := site.client.public_key.hex()) not in offers:
             raise ConfigurationError(
-                "expected an offer for this client's signing key; the server has one for another; "
-                "provision this client under its NVFlare name, and give it the newest kit"
+                "expected an offer for this client's signing key; the server has none; either the "
+                "round is over, or this client is not enrolled under its NVFlare name with this kit"
             )
         # A trainer may work on these very arrays: what was received is kept as it is.
         model = {name: v.copy() for name, v in floats(_model_of(shareable)).items()}
@@ -141,10 +143,9 @@ class SecaggJoin(_InstalledFilter):
                 fl_ctx.get_engine().register_aux_message_handler(NOTICES, self._last_notice)
             return self._sites[name]
 
-    def _last_notice(self, _topic: str, message: Shareable, fl_ctx: FLContext) -> Shareable:
+    def _last_notice(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """What the server tells at the end of a job."""
-        site = self._site(fl_ctx)
-        self._settle(site, message, fl_ctx)
+        self._settle(self._site(fl_ctx), request, fl_ctx)
         return make_reply(ReturnCode.OK)
 
     def _rounding(self, _fl_ctx: FLContext) -> Callable[[RoundContext], Stream] | None:

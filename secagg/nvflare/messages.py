@@ -46,16 +46,20 @@ _UPLOAD = "secagg"
 
 
 def floats(tensors: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """The arrays of floats among a model's arrays: what is summed. The others stay as they are.
+    """The arrays of floats among a model's arrays: what is summed. Integers stay as they are.
 
     Raises:
-        SchemaError: something that is no numpy array.
+        SchemaError: something that is no numpy array, or of neither floats nor integers.
     """
     for name, value in tensors.items():
         if not isinstance(value, np.ndarray | np.generic):
             raise SchemaError(
                 f"tensor {name!r}: expected a numpy array; got {type(value).__name__}; let clients "
                 "and server exchange ExchangeFormat.NUMPY"
+            )
+        if value.dtype.kind not in "fiub":
+            raise SchemaError(
+                f"tensor {name!r}: expected floats or integers; got dtype={value.dtype}; convert it"
             )
     return {name: np.asarray(v) for name, v in tensors.items() if v.dtype.kind == "f"}
 

@@ -31,7 +31,7 @@ from secagg_server.embedded import Conclusion, EmbeddedRound, EmbeddedServer
 
 __all__ = ["SHA256", "SecaggAggregator"]
 
-_SETTLE_S = 10.0  # for all clients together
+_SETTLE_S = 5.0  # for each client; all of them were there a moment ago
 
 SHA256 = "secagg_sha256"
 """Meta property of an aggregate: SHA-256 of the round's exact sums, in hexadecimal."""
@@ -69,6 +69,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
 
     Raises:
         ConfigurationError: no ``weight_cap`` where one is needed.
+        PlanError, TypeError: impossible or unknown fields in ``norm_check`` or ``privacy``.
     """
 
     def __init__(
@@ -105,11 +106,14 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         self.norm_check = norm_check
         self.privacy = privacy
         self.train_task = train_task
+        self._noise = Privacy(**privacy) if privacy else None
+        self._check = self._checked()
         self._lock = Lock()  # tasks are asked for, and answered, in many threads
         self._server: EmbeddedServer | None = None
         self._plan: Plan | None = None
         self._types: dict[str, np.dtype[Any]] = {}
         self._open: EmbeddedRound | None = None
+        self._newest = 0  # number of the newest round that was opened
         self._judged: EmbeddedRound | None = None
         self._asked: tuple[str, ...] = ()  # whose uploads are in it, or were refused
 
@@ -122,7 +126,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
             elif event_type == EventType.AFTER_TASK_DATA_FILTER:
                 if fl_ctx.get_prop(FLContextKey.TASK_NAME) == self.train_task:
                     self._offer(fl_ctx)
-            elif event_type == EventType.ABOUT_TO_END_RUN:
+            elif event_type == EventType.END_WORKFLOW:
                 self._settle(fl_ctx)
             elif event_type == EventType.END_RUN:
                 self._close()
@@ -178,10 +182,11 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
 
     def _aggregate(self, current: EmbeddedRound, conclusion: Conclusion) -> FLModel:
         release, number = conclusion.release, current.context.id.round_number
-        reasons = sorted(conclusion.refused.values())
+        reasons = ", ".join(sorted(conclusion.refused.values()))
         self.info(
             f"secagg: round {number}: {release.contributors} contributors, "
-            f"{len(reasons)} refused{reasons or ''}, sha256={release.sha256}"
+            f"{len(conclusion.refused)} refused{reasons and f' ({reasons})'}, "
+            f"sha256={release.sha256}"
         )
         mean = {name: value.astype(self._types[name]) for name, value in release.mean().items()}
         return FLModel(params_type=ParamsType.DIFF, params=mean, meta={SHA256: release.sha256})
@@ -190,22 +195,19 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         """Put into a client's task what it needs to take part, and the verdict on its last part."""
         task: Shareable = fl_ctx.get_prop(FLContextKey.TASK_DATA)
         current = self._opened(task, fl_ctx)
-        name = fl_ctx.get_peer_context().get_identity_name()
-        keys = self._keys(name, fl_ctx)
-        task.set_header(OFFERS, {key.hex(): current.offer(key) for key in keys})
+        keys = self._keys(fl_ctx.get_peer_context().get_identity_name(), fl_ctx)
+        offers = {key.hex(): current.offer(key) for key in keys} if current else {}
+        task.set_header(OFFERS, offers)
         task.set_header(NOTICES, self._notices(keys))
 
     def _settle(self, fl_ctx: FLContext) -> None:
         """Show the clients of the last round their verdicts, which no other task will bring."""
-        messages = {}
+        engine = fl_ctx.get_engine()
         for name in self._asked:
             if notices := self._notices(self._keys(name, fl_ctx)):
-                messages[name] = Shareable()
-                messages[name].set_header(NOTICES, notices)
-        if messages:
-            engine = fl_ctx.get_engine()
-            found = engine.multicast_aux_requests(NOTICES, messages, _SETTLE_S, fl_ctx)
-            self.log_info(fl_ctx, f"DEBUG settle {messages.keys()} {found}")
+                message = Shareable()
+                message.set_header(NOTICES, notices)
+                engine.send_aux_request([name], NOTICES, message, _SETTLE_S, fl_ctx, optional=True)
 
     def _keys(self, name: str, fl_ctx: FLContext) -> tuple[bytes, ...]:
         """The signing keys of a client; none if it may not take part, which is its own trouble."""
@@ -218,22 +220,23 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
     def _notices(self, keys: tuple[bytes, ...]) -> dict[str, bytes]:
         """The verdicts of the last round on what was signed with these keys."""
         found: dict[str, bytes] = {}
-        if self._judged is None:
-            return found
-        for key in keys:
-            with contextlib.suppress(ClosedError):  # nothing of it was judged
-                found[key.hex()] = self._judged.notice(key)
+        if (judged := self._judged) is not None:
+            for key in keys:
+                with contextlib.suppress(ClosedError):  # nothing of it was judged
+                    found[key.hex()] = judged.notice(key)
         return found
 
-    def _opened(self, task: Shareable, fl_ctx: FLContext) -> EmbeddedRound:
-        """The round of a task, opened with the first client that asks for it."""
+    def _opened(self, task: Shareable, fl_ctx: FLContext) -> EmbeddedRound | None:
+        """The round of a task, opened with the first client that asks for it; None once it is over.
+
+        NVFlare may hand out a task in one thread while it closes the round in another.
+        """
         number = round_of(task)
         with self._lock:
-            current = self._open
-            if current is not None:
-                if current.context.id.round_number == number:
-                    return current
-                current.abandon()
+            if number == self._newest:
+                return self._open
+            if self._open is not None:
+                self._open.abandon()
             model = floats(from_shareable(task).data)
             if self._plan is None:
                 self._plan = self._planned(model)
@@ -244,6 +247,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
                 round_number=number,
                 model=model,
             )
+            self._newest = number
             return self._open
 
     def _planned(self, model: dict[str, Any]) -> Plan:
@@ -258,21 +262,20 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
             self.weight_cap if weighted else 1,
         )
         enrolled = len(self._running().roster.active())
-        privacy = Privacy(**self.privacy) if self.privacy else None
         return make_plan(
             [segment],
             min_clients=self.min_clients,
             max_clients=self.max_clients or max(enrolled, self.min_clients),
-            norm_check=self._checked(privacy),
-            privacy=privacy,
+            norm_check=self._check,
+            privacy=self._noise,
         )
 
-    def _checked(self, privacy: Privacy | None) -> NormCheck | None:
+    def _checked(self) -> NormCheck | None:
         if isinstance(self.norm_check, dict):
             return NormCheck(**self.norm_check)
         if not self.norm_check:
             return None
-        return NormCheck(margin=PRIVATE_MARGIN) if privacy else NormCheck()
+        return NormCheck(margin=PRIVATE_MARGIN) if self._noise else NormCheck()
 
     def _running(self) -> EmbeddedServer:
         if self._server is None:

@@ -55,7 +55,7 @@ def started(script: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def ended(process: subprocess.Popen[str]) -> str:
     """The rest of what it prints, until it ends well."""
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
 
@@ -93,7 +93,7 @@ def test_the_loop_runs_over_http_with_the_real_key_holder(
             started(
                 OWN_LOOP / "server.py",
                 *("--kit", str(federation.kits / "server"), "--port", "0", "--clients", "3"),
-                *("--key-holder", federation.key_holder, "--rounds", "3"),
+                *("--key-holder", federation.key_holder, "--rounds", "3", "--deadline-s", "300"),
             )
         )
         assert server.stdout is not None
@@ -202,5 +202,5 @@ def test_the_task_of_the_page_is_the_example() -> None:
 @pytest.mark.parametrize("name", ["own-loop", "analytics"])
 def test_a_readme_names_every_file(name: str) -> None:
     readme = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
-    for file in (EXAMPLES / name).iterdir():
-        assert file.name == "README.md" or file.stem in readme, file
+    for file in (EXAMPLES / name).glob("*.*"):
+        assert file.name == "README.md" or f"`{file.name}`" in readme, file

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from federations import Site, shared, site
 from flower_runs import Run
 from serving import loop_thread
-
-# Before any of Flower's programs could start: tests report nothing to anybody.
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 
 @pytest.fixture(scope="session")

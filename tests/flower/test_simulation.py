@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flower_simulation
 import numpy as np
 import pytest
 from flower_grids import rounding
-from flower_toy import initial_arrays, toy_app
 from flower_twin import clear_run
 from flwr.serverapp.strategy import FedAvg
 from superlinks import flower
@@ -22,6 +20,7 @@ from secagg.flower.metrics import Metrics
 from secagg.parameters import FloatSegment, NormCheck, TensorSpec
 from secagg.planner import make_plan
 
+PROGRAM = Path(__file__).parents[1] / "support" / "flower_simulation.py"
 NODES, ROUNDS = 20, 3
 DROPPING, POISONING = 4, 9
 BOUNDS = {"train_loss": 5.0}
@@ -32,7 +31,7 @@ def _simulated(folder: Path) -> dict[str, Any]:
     """What the program says of a run that began with nothing but kits and a key holder."""
     given, answer = folder / "wanted.json", folder / "found.json"
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    support = {"PYTHONPATH": str(Path(flower_simulation.__file__).parent)}
+    support = {"PYTHONPATH": str(PROGRAM.parent)}
     with flower(folder, clients=NODES) as machine:
         wanted = {
             "nodes": NODES,
@@ -48,7 +47,7 @@ def _simulated(folder: Path) -> dict[str, Any]:
         }
         given.write_text(json.dumps(wanted))
         done = subprocess.run(
-            [sys.executable, flower_simulation.__file__, str(given), str(answer)],
+            [sys.executable, str(PROGRAM), str(given), str(answer)],
             env=os.environ | quiet | support,
             capture_output=True,
             text=True,
@@ -61,6 +60,8 @@ def _simulated(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_twenty_nodes_sum_to_what_they_do_in_the_clear(tmp_path: Path) -> None:
+    from flower_toy import initial_arrays, toy_app  # loads torch
+
     found = _simulated(tmp_path)
     rounds = [str(number) for number in range(1, ROUNDS + 1)]
     left_out = {"CLIENT_APP_RAISED_EXCEPTION": 1, "NORM_REFUSED": 1}
@@ -87,6 +88,7 @@ def test_twenty_nodes_sum_to_what_they_do_in_the_clear(tmp_path: Path) -> None:
         bounds=BOUNDS,
     )
     assert {str(number): sha256 for number, sha256 in sums.items()} == found["sums"]
+    assert all(f"sha256={sha256}" in found["log"] for sha256 in sums.values())
     assert found["losses"] == sorted(found["losses"], reverse=True)
     for key, array in arrays.items():
         if key in floats:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from federations import CLIENTS, Site, shared, shared_other
-from flower_grids import BOUNDS, array_record, linear_app, rounding, trained
+from flower_grids import (
+    BOUNDS,
+    NodeGrid,
+    array_record,
+    linear_app,
+    poisoner,
+    rounding,
+    rounding_of,
+    trained,
+)
 from flower_runs import Run
 from flower_twin import clear_run
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -23,10 +33,20 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from secagg.accounting import Budget, noise_multiplier_for
-from secagg.errors import ConfigurationError, PlanError
+from secagg.accounting import noise_multiplier_for
+from secagg.errors import (
+    BudgetError,
+    ConfigurationError,
+    PlanError,
+    ReleaseError,
+    UnavailableError,
+)
+from secagg.flower import SecaggMod, secagg_mod
 from secagg.flower.arrays import moved
 from secagg.parameters import NormCheck, Privacy
+from secagg_client.ledger import Fate, Ledger
+from secagg_keyholder.policy import DEFAULT_ATTEMPTS
+from secagg_server.embedded import EmbeddedRound
 
 FLOATS = ("layer.bias", "layer.weight")
 RELEASE = Privacy("release", 1.0, 1.0, 1e-5)
@@ -41,6 +61,26 @@ def same(one: ArrayRecord, other: ArrayRecord) -> None:
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the wrapper and the mods have said."""
     return [each.getMessage() for each in caplog.records if "secagg:" in each.getMessage()]
+
+
+def newest(running: Site, run: Run) -> tuple[int, int]:
+    """Round and attempt that the key holder opened last for a run's training."""
+    found = running.held._ledger.current(run.task_id)
+    assert found is not None
+    assert found.state != "OPEN", "every round comes to an end"
+    return found.id.round_number, found.id.attempt
+
+
+def silence(grid: NodeGrid, *partitions: set[int]) -> None:
+    """Who does not answer, each time that anything is sent; everybody does afterwards."""
+    due, plain = iter(partitions), grid.send_and_receive
+
+    def send(messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        if messages := list(messages):
+            grid.silent = next(due, set())
+        return plain(messages, timeout=timeout)
+
+    grid.send_and_receive = send  # type: ignore[method-assign]
 
 
 def test_every_sum_is_that_of_the_same_app_in_the_clear(run: Run) -> None:
@@ -153,7 +193,7 @@ def test_records_and_weights_may_have_other_names(run: Run) -> None:
     strategy = run.strategy(inner, metrics=BOUNDS)
     result = strategy.start(run.grid(train), array_record(), 1)
     assert strategy.contributors == {1: 4}
-    assert result.train_metrics_clientapp[1] == {"train_loss": pytest.approx(2.0, abs=1e-5)}
+    assert result.train_metrics_clientapp[1] == {"train_loss": pytest.approx(2.0, abs=1e-3)}
 
 
 def test_names_that_no_plan_may_have_are_numbered(run: Run) -> None:
@@ -190,15 +230,7 @@ def test_a_round_with_too_few_is_skipped_and_the_next_one_goes_on(
     run: Run, running: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     strategy, grid = run.strategy(), run.grid()
-    away = iter([{0, 1}, set(), {2}])
-    plain = grid.send_and_receive
-
-    def send(messages: list[Message], *, timeout: float | None = None) -> Any:  # noqa: ANN401
-        messages = list(messages)
-        grid.silent = next(away) if messages else set()
-        return plain(messages, timeout=timeout)
-
-    grid.send_and_receive = send  # type: ignore[method-assign, assignment]
+    silence(grid, {0, 1}, set(), {2})
     result = strategy.start(grid, array_record(), 3)
     assert strategy.contributors == {2: 4, 3: 3}
     assert strategy.refused == {1: {"NO_REPLY": 2}, 2: {}, 3: {"NO_REPLY": 1}}
@@ -208,10 +240,8 @@ def test_a_round_with_too_few_is_skipped_and_the_next_one_goes_on(
         "uploads at the deadline; got 2; a longer deadline or more clients would help (NO_REPLY: 2)"
         "; the model stays as it is"
     ]
-    # The sum that came about is the task's first, in its second attempt; nothing stays open.
-    names = [release.rotation for release in strategy.releases.values()]
-    assert names[0] != names[1]
-    assert running.held._ledger.current(run.task_id).id.round_number == 2  # type: ignore[union-attr]
+    # The attempt that failed counts for nothing: the next one has the same number.
+    assert newest(running, run) == (2, 1)
     assert result.arrays
 
 
@@ -236,8 +266,6 @@ def test_too_few_nodes_are_not_even_asked(run: Run, caplog: pytest.LogCaptureFix
 def test_a_key_holder_that_is_away_costs_rounds_and_nothing_else(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from secagg.errors import UnavailableError
-
     strategy = run.strategy()
     opened = strategy.server.open
 
@@ -348,24 +376,21 @@ def test_a_spent_budget_ends_the_rounds_and_the_run_ends_as_any_other(
     assert result.arrays
 
 
-def test_noise_in_shares_is_in_the_sum_and_a_skipped_round_costs_nothing(run: Run) -> None:
-    privacy = Privacy("distributed", 1.0, 2.0, 1e-5)
-    strategy, grid = run.strategy(privacy=privacy, norm_check="auto", metrics=BOUNDS), None
-    from secagg.flower import secagg_mod
-
+def test_noise_in_shares_is_in_the_sum_and_an_attempt_that_failed_costs_nothing(run: Run) -> None:
+    noise = noise_multiplier_for(2.0, 1e-5, releases=1)
+    privacy = Privacy("distributed", noise, 2.0, 1e-5)
+    strategy = run.strategy(privacy=privacy, norm_check="auto", metrics=BOUNDS, bits=10)
     grid = run.grid(mods=[secagg_mod])
-    grid.silent = {0, 1}
-    strategy.start(grid, array_record(), 1)
-    assert strategy.sums == {}
-    grid.silent = set()
-    result = strategy.start(grid, array_record(), 1)
-    plan = strategy.releases[1].plan
+    silence(grid, set(), {0, 1})  # greeted, and then gone
+    result = strategy.start(grid, array_record(), 3)
+    assert strategy.contributors == {2: 4}
+    plan = strategy.releases[2].plan
     assert plan.privacy is not None
-    assert plan.privacy.by_clients
-    assert plan.norm_check == NormCheck(margin=0.3)
-    assert strategy.contributors == {1: 4}
-    assert set(result.train_metrics_clientapp[1]) == {"train_loss"}
-    assert Budget(2.0, 1e-5)
+    assert (plan.privacy.by_clients, plan.norm_check) == (True, NormCheck(margin=0.3))
+    assert [segment.name for segment in plan.segments] == ["update", "metrics"]
+    # The noise of one client alone is many steps: what the four have sent is not there to see.
+    assert np.std(strategy.releases[2].sums[0]) > plan.noise_stds[0] > 100
+    assert set(result.train_metrics_clientapp[2]) == {"train_loss"}
 
 
 @pytest.mark.parametrize(
@@ -411,3 +436,101 @@ def test_a_strategy_that_sends_different_models_is_refused(run: Run) -> None:
 
     with pytest.raises(ConfigurationError, match="the same model for all"):
         run.strategy(Different(fraction_evaluate=0.0)).start(run.grid(), array_record(), 1)
+
+
+def test_poison_is_refused_and_its_node_is_told_and_checks_it(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = run.strategy(norm_check="auto", clip=0.2)
+    grid = run.grid(mods=[poisoner([3]), SecaggMod(rounding_of)], state=tmp_path)
+    strategy.start(grid, array_record(), 2)
+    assert strategy.refused == {number: {"NORM_REFUSED": 1} for number in (1, 2)}
+    assert strategy.contributors == {1: 3, 2: 3}
+    # 4 hellos, 2 rounds of 4, and a farewell to the 4 of whom each keeps its upload.
+    assert len(grid.asked) == 4 + 8 + 4
+    refusals = [line for line in logged(caplog) if "was refused by the norm check" in line]
+    assert refusals == [
+        f"secagg: the update of round {number} was refused by the norm check" for number in (1, 2)
+    ]
+    assert not any("cannot be checked" in line for line in logged(caplog))
+    fates = {
+        index: {entry.fate for entry in Ledger(tmp_path / str(index)).entries()}
+        for index in range(4)
+    }
+    assert fates == {0: {Fate.SENT}, 1: {Fate.SENT}, 2: {Fate.SENT}, 3: {Fate.REFUSED}}
+
+
+def test_a_strategy_may_be_started_again(run: Run) -> None:
+    strategy, grid = run.strategy(), run.grid()
+    first = strategy.start(grid, array_record(), 1)
+    names = dict(strategy.sums)
+    strategy.start(grid, first.arrays, 1)
+    assert strategy.sums != names
+
+
+def test_a_budget_without_room_for_one_round_is_an_error(run: Run) -> None:
+    with pytest.raises(BudgetError, match="0 spent by 0 releases"):
+        run.strategy(privacy=RELEASE).start(run.grid(), array_record(), 1)
+
+
+def test_a_record_of_our_name_is_refused(run: Run) -> None:
+    strategy = run.strategy(FedAvg(fraction_evaluate=0.0, configrecord_key="secagg"))
+    with pytest.raises(ConfigurationError, match="a record 'secagg'"):
+        strategy.start(run.grid(), array_record(), 1)
+
+
+def test_after_a_sum_that_did_not_open_the_next_round_has_the_next_number(
+    run: Run, running: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concluded = EmbeddedRound.conclude
+
+    def void(self: EmbeddedRound) -> Any:  # noqa: ANN401
+        monkeypatch.setattr(EmbeddedRound, "conclude", concluded)
+        self.abandon()
+        raise ReleaseError("it does not open")
+
+    monkeypatch.setattr(EmbeddedRound, "conclude", void)
+    strategy = run.strategy()
+    strategy.start(run.grid(), array_record(), 2)
+    assert list(strategy.sums) == [2]
+    assert newest(running, run) == (2, 1)
+
+
+def test_attempts_on_one_model_are_used_up_and_those_at_an_evaluation_are_not(
+    run: Run, running: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    training, evaluation = run.grid(), run.grid()
+    for grid in (training, evaluation):
+        silence(grid, *[{0, 1}] * DEFAULT_ATTEMPTS)
+    trains = run.strategy()
+    trains.start(training, array_record(), DEFAULT_ATTEMPTS + 2)
+    assert trains.sums == {}
+    assert sum("skipped: ROUND_CLOSED" in line for line in logged(caplog)) == 2
+    evaluates = run.strategy(FedAvg(fraction_train=0.0), evaluate_metrics={"accuracy": 1.0})
+    result = evaluates.start(evaluation, array_record(), DEFAULT_ATTEMPTS + 1)
+    assert list(result.evaluate_metrics_clientapp) == [DEFAULT_ATTEMPTS + 1]
+
+
+def test_an_exception_in_between_leaves_no_round_open(
+    run: Run, running: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = run.grid()
+
+    def broken(messages: Iterable[Message], **_: Any) -> Iterable[Message]:  # noqa: ANN401
+        list(messages)
+        raise ConnectionError("the link is down")
+
+    monkeypatch.setattr(grid, "send_and_receive", broken)
+    with pytest.raises(ConnectionError):
+        run.strategy().start(grid, array_record(), 1)
+    assert newest(running, run) == (1, 1)
+
+
+def test_a_node_that_has_got_another_key_is_greeted_again(run: Run) -> None:
+    strategy, grid = run.strategy(norm_check=NormCheck()), run.grid(nodes=3)
+    (first, *_) = grid.contexts.values()
+    arrays = strategy.start(grid, array_record(), 1).arrays
+    first.node_config["secagg-kit"] = str(shared().kit("dave"))
+    strategy.start(grid, arrays, 2)
+    assert strategy.contributors == {1: 3, 2: 3}
+    assert strategy.refused == {1: {"INVALID_RECEIPT": 1}, 2: {}}

@@ -107,11 +107,11 @@ class Engine:
         assert topic not in self.handlers  # NVFlare raises as well
         self.handlers[topic] = handler
 
-    def multicast_aux_requests(
-        self, topic: str, requests: dict[str, Shareable], *_rest: object, optional: bool
+    def send_aux_request(
+        self, targets: list[str], topic: str, request: Shareable, *_rest: object, optional: bool
     ) -> None:
         assert topic == NOTICES
-        self.sent |= requests
+        self.sent |= dict.fromkeys(targets, request)
 
 
 def context_of(name: str, engine: Engine) -> FLContext:
@@ -351,6 +351,41 @@ def test_too_few_updates_are_not_opened(flare: Callable[..., Flare]) -> None:
             job.aggregator.aggregate(job.server)
 
 
+def test_a_task_id_serves_one_run(flare: Callable[..., Flare]) -> None:
+    with flare() as job:
+        job.round(0)
+    with flare() as job:
+        job.task("alice", 0)
+        assert "ROUND_CLOSED" in job.panics[0]
+
+
+def test_fedopt_steps_with_the_opened_mean(flare: Callable[..., Flare]) -> None:
+    torch = pytest.importorskip("torch")
+    from nvflare.app_common.abstract.model import ModelLearnableKey, make_model_learnable
+    from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
+
+    model = torch.nn.Linear(4, 3).double()
+    shapes = {name: tuple(part.shape) for name, part in model.state_dict().items()}
+    optimiser = {"path": "torch.optim.SGD", "args": {"lr": 0.5}}
+    generator = PTFedOptModelShareableGenerator(optimiser, source_model=model, device="cpu")
+    with flare(weighting="equal", bits=16) as job:
+        engine = job.engines["server"]
+        engine.build_component = lambda given: torch.optim.SGD(**given["args"])
+        generator.handle_event(EventType.START_RUN, job.server)
+        job.model = {n: p.numpy().copy() for n, p in model.state_dict().items()}
+        before = make_model_learnable(dict(job.model), {})
+        job.server.set_prop(AppConstants.GLOBAL_MODEL, before, private=True, sticky=True)
+        for client in CLIENTS:
+            change = {name: np.full(shape, 0.02) for name, shape in shapes.items()}
+            answer = job.answer(client, result=result_of(change))
+            assert job.aggregator.accept(answer, job.server)
+        aggregate = job.aggregator.aggregate(job.server)
+        after = generator.shareable_to_learnable(aggregate, job.server)
+    for name in shapes:
+        moved = after[ModelLearnableKey.WEIGHTS][name] - job.model[name]
+        np.testing.assert_allclose(moved, 0.01, atol=1e-4)
+
+
 class Poisoned(SecaggEncryptor):
     """Sends ten times what it should, past the clipping."""
 
@@ -384,7 +419,7 @@ def test_a_poisoned_update_stays_out_and_its_client_is_told(
         with caplog.at_level("INFO"):
             found = from_shareable(job.aggregator.aggregate(job.server))
         assert found.get_meta_prop(SHA256) == clear.sha256
-        assert "3 contributors, 1 refused['NORM_REFUSED']" in caplog.text
+        assert "3 contributors, 1 refused (NORM_REFUSED)" in caplog.text
         caplog.clear()
         job.encryptor = SecaggEncryptor()
         for client in ("alice", "bob"):
@@ -421,7 +456,7 @@ def test_the_last_rounds_verdicts_come_before_the_job_ends(
         job.encryptor = Poisoned()
         job.aggregator.accept(job.answer("dave", result=large("dave")), job.server)
         job.aggregator.aggregate(job.server)
-        job.aggregator.handle_event(EventType.ABOUT_TO_END_RUN, job.server)
+        job.aggregator.handle_event(EventType.END_WORKFLOW, job.server)
         assert job.engines["server"].sent.keys() == set(CLIENTS)
         assert tell(job, "alice").get_return_code() == ReturnCode.OK
         assert "refused this client" not in caplog.text
@@ -535,6 +570,7 @@ def test_a_client_whose_signing_key_was_rotated_takes_part_with_either(
         ),
         (result_of({n: np.full(s, np.nan) for n, s in FLOATS.items()}), NonFiniteError, "layer."),
         (result_of({n: [0.0] for n in FLOATS}), SchemaError, r"ExchangeFormat\.NUMPY"),
+        (result_of({n: np.zeros(s, "c8") for n, s in FLOATS.items()}), SchemaError, "complex64"),
         (
             result_of({n: np.zeros(s) for n, s in FLOATS.items()}, meta={}),
             InputError,
@@ -543,7 +579,7 @@ def test_a_client_whose_signing_key_was_rotated_takes_part_with_either(
         (result_of({"loss": 0.5}, DataKind.METRICS), SchemaError, "METRICS"),
         (Shareable({"a model": b"in hiding"}), SchemaError, "something else"),
     ],
-    ids=["missing", "extra", "shape", "nan", "no array", "no steps", "metrics", "no dxo"],
+    ids=["missing", "extra", "shape", "nan", "no array", "dtype", "no steps", "metrics", "no dxo"],
 )
 def test_a_result_that_cannot_be_used_does_not_leave(
     flare: Callable[..., Flare], result: Shareable, error: type[Exception], says: str
@@ -658,6 +694,32 @@ def test_an_impossible_plan_stops_the_job_with_what_would_work(
         assert "IMPOSSIBLE_PLAN: expected 2 to 16 bits" in job.panics[0]
 
 
+def test_a_task_that_comes_after_its_round_has_no_offer(flare: Callable[..., Flare]) -> None:
+    """NVFlare hands out tasks in one thread and closes rounds in another."""
+    with flare() as job:
+        job.round(0, CLIENTS[:3])
+        late = job.task("dave", 0)
+        assert late.get_header(OFFERS) == {}
+        with pytest.raises(ConfigurationError, match="the round is over"):
+            job.join.process(late, job.context("dave"))
+        assert not job.panics
+        job.round(1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"norm_check": {"margins": 0.4}},
+        {"norm_check": {"margin": 0.01}},
+        {"privacy": {"mode": "release"}},
+        {"privacy": {"mode": "none", "noise_multiplier": 1, "epsilon": 1, "delta": 1e-6}},
+    ],
+)
+def test_wrong_settings_are_refused_before_a_job_runs(wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ConfigurationError), match=r"margin|missing|mode"):
+        SecaggAggregator("127.0.0.1:7402", weighting="equal", **wrong)
+
+
 def test_weights_need_a_cap() -> None:
     with pytest.raises(ConfigurationError, match="weight_cap"):
         SecaggAggregator("127.0.0.1:7402")
@@ -678,7 +740,7 @@ def test_a_job_carries_its_settings_and_none_of_our_sources(tmp_path: Path) -> N
         "min_clients": 4,
         "max_clients": 9,
         "norm_check": {"margin": 0.4},
-        "privacy": {"mode": "release"},
+        "privacy": {"mode": "local", "noise_multiplier": 1.0, "epsilon": 1.0, "delta": 1e-6},
         "train_task": "learn",
     }
     joins = {"kit": "k", "task": "t", "state": "", "max_epsilon": 1.0, "require_privacy": True}

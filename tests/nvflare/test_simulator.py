@@ -61,73 +61,38 @@ def provisioned(folder: Path) -> Path:
 
 
 def write_job(folder: Path, kits: Path, address: str) -> Path:
-    """A ScatterAndGather job: what stands in the how-to, and this test's trainer."""
-    app = folder / "job" / "app"
-    (app / "config").mkdir(parents=True)
-    (app / "custom").mkdir()
-    shutil.copy(sites.__file__, app / "custom" / "nvflare_sites.py")
-    deploy = {"name": "job", "deploy_map": {"app": ["@ALL"]}, "min_clients": 4}
-    server = {
-        "format_version": 2,
-        "server": {"task_request_interval": 0.2},
-        "workflows": [
-            {
-                "id": "sag",
-                "path": "nvflare.app_common.workflows.scatter_and_gather.ScatterAndGather",
-                "args": {
-                    "min_clients": 4,
-                    "num_rounds": ROUNDS,
-                    "wait_time_after_min_received": 0,
-                    "aggregator_id": "aggregator",
-                    "shareable_generator_id": "generator",
-                    "persistor_id": "persistor",
-                },
-            }
-        ],
-        "components": [
-            {
-                "id": "aggregator",
-                "path": "secagg.nvflare.SecaggAggregator",
-                "args": {
-                    "key_holder": address,
-                    "kit": str(kits / "server"),
-                    "task": TASK,
-                    "clip": CLIP,
-                    "weight_cap": CAP,
-                },
-            },
-            {
-                "id": "generator",
-                "path": "nvflare.app_common.shareablegenerators.full_model_shareable_generator."
-                "FullModelShareableGenerator",
-            },
-            {"id": "persistor", "path": "nvflare_sites.Persistor"},
-            {
-                "id": "log",
-                "path": "nvflare_sites.Recorder",
-                "args": {"file": str(folder / "rounds")},
-            },
-        ],
-    }
-    join = {
-        "path": "nvflare_sites.RepeatableJoin",
-        "args": {"kit": f"{kits}/clients/{{site}}", "task": TASK},
-    }
-    client = {
-        "format_version": 2,
-        "executors": [{"tasks": ["train"], "executor": {"path": "nvflare_sites.Trainer"}}],
-        "task_data_filters": [{"tasks": ["train"], "filters": [join]}],
-        "task_result_filters": [
-            {"tasks": ["train"], "filters": [{"path": "nvflare_sites.PoisonousEncryptor"}]}
-        ],
-    }
-    for path, content in (
-        (app.parent / "meta.json", deploy),
-        (app / "config" / "config_fed_server.json", server),
-        (app / "config" / "config_fed_client.json", client),
-    ):
-        path.write_text(json.dumps(content), encoding="utf-8")
-    return app.parent
+    """The example's job, with this test's model, trainer and rounding in it."""
+    job = folder / "job"
+    shutil.copytree(EXAMPLE / "job", job)
+    (job / "app" / "custom").mkdir()
+    shutil.copy(sites.__file__, job / "app" / "custom" / "nvflare_sites.py")
+    config = job / "app" / "config"
+    with edited(config / "config_fed_server.json") as server:
+        server["server"] = {"task_request_interval": 0.2}
+        server["workflows"][0]["args"] |= {"min_clients": len(SITES), "num_rounds": ROUNDS}
+        aggregator, _, persistor = server["components"]
+        given = {"key_holder": address, "kit": str(kits / "server"), "task": TASK}
+        aggregator["args"] = given | {"clip": CLIP, "weight_cap": CAP}
+        persistor["path"] = "nvflare_sites.Persistor"
+        arguments = {"file": str(folder / "rounds")}
+        recorder = {"id": "log", "path": "nvflare_sites.Recorder", "args": arguments}
+        server["components"].append(recorder)
+    with edited(config / "config_fed_client.json") as client:
+        client["executors"][0]["executor"] = {"path": "nvflare_sites.Trainer"}
+        (join,) = client["task_data_filters"][0]["filters"]
+        join["path"] = "nvflare_sites.RepeatableJoin"
+        join["args"] = {"kit": f"{kits}/clients/{{site}}", "task": TASK}
+        (encryptor,) = client["task_result_filters"][0]["filters"]
+        encryptor["path"] = "nvflare_sites.PoisonousEncryptor"
+    return job
+
+
+@contextlib.contextmanager
+def edited(file: Path) -> Iterator[dict[str, Any]]:
+    """A JSON file's content, to be changed."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    yield content
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def start(arguments: list[str], folder: Path, log: str) -> subprocess.Popen[bytes]:
@@ -206,7 +171,7 @@ def test_jobs_in_the_simulator(tmp_path: Path) -> None:
             for name, value in model.items():
                 np.testing.assert_array_equal(saved[name], value)
     assert len(lines) == ROUNDS
-    assert log.count("3 contributors, 1 refused['NORM_REFUSED']") == ROUNDS
+    assert log.count("3 contributors, 1 refused (NORM_REFUSED)") == ROUNDS
     assert log.count("refused this client's last update") == ROUNDS
 
     assert len(re.findall(r"secagg: round \d: 3 contributors, 0 refused, sha256=", example)) == 2

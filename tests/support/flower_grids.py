@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -18,7 +19,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from secagg.context import RoundContext
+from secagg.encryptor import encrypt_integers, upload_integers
+from secagg.quantize import Quantized
+from secagg.receipts import SigningKey
 from secagg.sampling import Stream
+from secagg.upload import Upload
+from secagg_client import embedded
 from secagg_client.repeatable import repeatable_rounding
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "evaluated",
     "linear_app",
     "node_context",
+    "poisoner",
     "rounding",
     "rounding_of",
     "server_context",
@@ -211,3 +218,27 @@ def rounding(partition: int, number: int) -> Stream:
 def rounding_of(context: Context, joined: RoundContext) -> Stream:
     """The same, as `SecaggMod` wants it."""
     return rounding(int(context.node_config["partition-id"]), joined.id.round_number)
+
+
+def poisoner(partitions: Iterable[int]) -> Mod:
+    """A mod for the outside of `SecaggMod`: these nodes encrypt -10 times what they should.
+
+    An app cannot do that: what it replies is scaled down to the clip norm.
+    """
+    poisons = frozenset(partitions)
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if context.node_config["partition-id"] not in poisons:
+            return call_next(message, context)
+        with mock.patch.object(embedded, "encrypt_quantized", _multiplied):
+            return call_next(message, context)
+
+    return mod
+
+
+def _multiplied(
+    context: RoundContext, quantized: Sequence[Quantized], identity: SigningKey, commitment: bytes
+) -> Upload:
+    parts = upload_integers(context.plan, quantized)
+    parts[0] = -10 * parts[0]
+    return encrypt_integers(context, parts, identity, commitment)

@@ -1,7 +1,8 @@
-"""A program: the toy app in Flower's simulation engine, encrypted. Arguments: a JSON file, out, in.
+"""A program: the toy app in Flower's simulation engine, encrypted.
 
-In a process of its own, because Ray and its workers outlive what a test can clean up, and warn of
-things that are errors in tests.
+Its arguments are two JSON files: what is wanted, and where to write what came of it. In a process of
+its own, because Ray and its workers outlive what a test can clean up, and warn of things that are
+errors in tests.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from flower_grids import rounding_of
-from flower_toy import initial_arrays, poisoner, toy_app
+from flower_grids import poisoner, rounding_of
+from flower_toy import initial_arrays, toy_app
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid, ServerApp
@@ -50,7 +51,7 @@ def main(wanted: dict[str, Any]) -> dict[str, Any]:
             clip=wanted["clip"],
             metrics=wanted["bounds"],
         )
-        result = strategy.start(grid, initial_arrays(), wanted["rounds"], timeout=120)
+        result = strategy.start(grid, initial_arrays(), wanted["rounds"], timeout=300)
         found["sums"], found["contributors"] = strategy.sums, strategy.contributors
         found["refused"], found["run"] = strategy.refused, context.run_id
         found["losses"] = [

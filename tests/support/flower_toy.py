@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from unittest import mock
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.clientapp.typing import Mod
 
-from secagg.context import RoundContext
-from secagg.encryptor import encrypt_integers, upload_integers
-from secagg.quantize import Quantized
-from secagg.receipts import SigningKey
-from secagg.upload import Upload
-from secagg_client import embedded
-
-__all__ = ["initial_arrays", "network", "poisoner", "toy_app"]
+__all__ = ["initial_arrays", "network", "toy_app"]
 
 
 def network() -> torch.nn.Module:
@@ -35,30 +27,6 @@ def network() -> torch.nn.Module:
 def initial_arrays() -> ArrayRecord:
     """The model before training."""
     return ArrayRecord(network().state_dict())
-
-
-def poisoner(partitions: Iterable[int]) -> Mod:
-    """A mod for the outside of `SecaggMod`: these nodes encrypt -10 times what they should.
-
-    An app cannot do that: what it replies is scaled down to the clip norm.
-    """
-    poisons = frozenset(partitions)
-
-    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if context.node_config["partition-id"] not in poisons:
-            return call_next(message, context)
-        with mock.patch.object(embedded, "encrypt_quantized", _multiplied):
-            return call_next(message, context)
-
-    return mod
-
-
-def _multiplied(
-    context: RoundContext, quantized: Sequence[Quantized], identity: SigningKey, commitment: bytes
-) -> Upload:
-    parts = upload_integers(context.plan, quantized)
-    parts[0] = -10 * parts[0]
-    return encrypt_integers(context, parts, identity, commitment)
 
 
 def toy_app(mods: Sequence[Mod], *, dropping: Iterable[int] = ()) -> ClientApp:
