@@ -38,7 +38,7 @@ SAMPLES = ROOT / "docs" / "samples"
 # Their console blocks are executed as a whole.
 WALKED = {"tutorial.md", "operations.md"}
 # Their Python takes longer than a few seconds.
-SLOW = {"how-to/own-loop.md", "how-to/flower.md"}
+SLOW = {"how-to/analytics.md", "how-to/flower.md", "how-to/own-loop.md"}
 PROGRAMS = {
     "secagg": secagg.cli.app,
     "secagg-server": secagg_server.cli.app,

@@ -40,7 +40,7 @@ NOTICES = "secagg_notices"
 message that brings those of the last round."""
 
 ALGORITHM = "secagg"
-"""What ``MetaKey.PROCESSED_ALGORITHM`` says of an upload."""
+"""What ``MetaKey.PROCESSED_ALGORITHM`` says of an upload, to components that expect a model."""
 
 _UPLOAD = "secagg"
 
@@ -76,14 +76,14 @@ def sealed(upload: bytes, result: Shareable) -> Shareable:
     return reply
 
 
-def upload_in(data: object, algorithm: object) -> bytes:
+def upload_in(data: object) -> bytes:
     """The upload of a client's answer, from the data of its DXO.
 
     Raises:
-        SchemaError: it is not encrypted, or not by `SecaggEncryptor`.
+        SchemaError: it is not what `SecaggEncryptor` sends.
     """
     upload = data.get(_UPLOAD) if isinstance(data, dict) and len(data) == 1 else None
-    if algorithm != ALGORITHM or not isinstance(upload, bytes):
+    if not isinstance(upload, bytes):
         raise SchemaError(
             "expected an update that SecaggEncryptor has encrypted; got another one, which is "
             "dropped unread; add SecaggJoin to the task data filters of every client, and "

@@ -12,7 +12,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
-from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 
 from secagg.errors import ClosedError, ConfigurationError, IdentityError, RoundError, SecaggError
@@ -144,12 +144,12 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         try:
             dxo = from_shareable(shareable)
         except ValueError:
-            return self._take(None, None)
-        return self._take(dxo.data, dxo.get_meta_prop(MetaKey.PROCESSED_ALGORITHM))
+            return self._take(None)
+        return self._take(dxo.data)
 
     def accept_model(self, model: FLModel) -> bool:
         """Take a client's answer; for FedAvg. As :meth:`accept`."""
-        return self._take(model.params, model.meta.get(MetaKey.PROCESSED_ALGORITHM))
+        return self._take(model.params)
 
     def aggregate_model(self) -> FLModel:
         """Close the round and return the mean of its updates.
@@ -282,13 +282,13 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
             raise RoundError("expected a connection to the key holder; the run has none")
         return self._server
 
-    def _take(self, data: object, algorithm: object) -> bool:
+    def _take(self, data: object) -> bool:
         with self._lock:
             current = self._open
         try:
             if current is None:
                 raise ClosedError("expected an open round; this one is over")
-            current.add(upload_in(data, algorithm))
+            current.add(upload_in(data))
         except SecaggError as error:
             self.warning(f"secagg: refused an update: {error.reason}: {error}")
             return False

@@ -285,14 +285,14 @@ def test_the_least_numbers_of_nodes_are_those_of_a_sum(run: Run) -> None:
     assert (inner.min_train_nodes, inner.min_available_nodes, inner.min_evaluate_nodes) == (4, 9, 0)
 
 
-def test_a_node_without_the_mod_sends_plaintext_to_nobody(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["in its place", "beside it"])
+def test_plaintext_in_place_of_a_ciphertext_or_beside_it_is_dropped(run: Run, beside: bool) -> None:
     grid = run.grid()
 
     def plaintext(partition: int, reply: Message) -> Message:
         if partition == 2:
-            reply.content = trained(2, array_record())
+            kept = dict(reply.content) if beside else {}
+            reply.content = RecordDict({**kept, **trained(2, array_record())})
         return reply
 
     grid.change = plaintext

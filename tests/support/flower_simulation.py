@@ -1,8 +1,8 @@
 """A program: the toy app in Flower's simulation engine, encrypted.
 
-Its arguments are two JSON files: what is wanted, and where to write what came of it. In a process of
-its own, because Ray and its workers outlive what a test can clean up, and warn of things that are
-errors in tests.
+Its arguments are two JSON files: what is wanted, and where to write what came of it. In a process
+of its own, because Ray and its workers outlive what a test can clean up, and warn of things that
+are errors in tests.
 """
 
 from __future__ import annotations

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from numpy.typing import NDArray
 
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment, Roster
 from secagg.parameters import Plan
+from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg.sketches import Sketch
 from secagg.upload import Admission
 from secagg.verdicts import Verdict
 from secagg.wire.codec import sums_from_bytes
+from secagg_keyholder import vault
 from secagg_keyholder.ledger import Ledger
 from secagg_keyholder.rounds import Policy, Rounds
 from secagg_keyholder.vault import RoundKeys
@@ -31,6 +37,7 @@ __all__ = ["LocalKeyHolder", "durable_rounds"]
 
 PASSPHRASE = "0" * 64
 AUDIT_KEY = bytes(32)
+SALT = b"a salt for tests"
 
 
 def durable_rounds(
@@ -44,13 +51,37 @@ def durable_rounds(
     folder.mkdir(parents=True, exist_ok=True)
     rounds = Rounds(
         Ledger(folder / "ledger.sqlite3", AUDIT_KEY),
-        RoundKeys(folder / "round-keys", PASSPHRASE),
+        _round_keys(folder / "round-keys"),
         identity or SigningKey.generate(),
         roster or OpenEnrolment(),
         policy or Policy(),
     )
     rounds.recover()
     return rounds
+
+
+def _round_keys(folder: Path) -> RoundKeys:
+    """Keys under the salt that all have here, so that the passphrase is stretched only once."""
+    if not folder.exists():
+        folder.mkdir(mode=0o700)
+        write(folder / "salt", SALT)
+    with mock.patch.object(vault, "Scrypt", _Remembered):
+        return RoundKeys(folder, PASSPHRASE)
+
+
+class _Remembered:
+    """Scrypt that does the same work once."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - those of Scrypt
+        self._settings = settings
+
+    def derive(self, passphrase: bytes) -> bytes:
+        return _stretched(passphrase, **self._settings)
+
+
+@functools.cache
+def _stretched(passphrase: bytes, **settings: Any) -> bytes:  # noqa: ANN401 - those of Scrypt
+    return Scrypt(**settings).derive(passphrase)
 
 
 class LocalKeyHolder:

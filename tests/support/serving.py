@@ -20,6 +20,7 @@ __all__ = ["LoopThread", "loop_thread", "quick_retry", "serving", "soon"]
 _T = TypeVar("_T")
 TIMEOUT_S = 30.0
 SOON_S = 30.0
+PAUSE_S = 0.002
 
 AddServices = Callable[[grpc.aio.Server], None]
 
@@ -81,7 +82,8 @@ async def soon(condition: Callable[[], bool]) -> None:
     """Let everything else run until the condition holds."""
     async with asyncio.timeout(SOON_S):
         while not condition():  # noqa: ASYNC110 - the condition has no event
-            await asyncio.sleep(0)
+            # Not at every turn of the loop: asking may cost more than what is waited for.
+            await asyncio.sleep(PAUSE_S)
 
 
 def quick_retry(total_s: float = 20.0) -> RetryPolicy:

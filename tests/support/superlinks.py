@@ -27,7 +27,7 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "flower-quickstart"
 _BINARIES = Path(sys.executable).parent
 _CONNECTION = "test"
 _KEY_HOLDER = "127.0.0.1:7402"  # of the example
-_RUN_S = 300.0
+_RUN_S = 400.0
 _STOP_S = 15.0
 _POLL_S = 0.05
 
