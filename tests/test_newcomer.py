@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import superlinks
 from pages import DOCS
 from ports import free_addresses
 from superlinks import EXAMPLE as FLOWER
-from superlinks import flower
 
 pytestmark = pytest.mark.slow
 
@@ -249,16 +249,21 @@ def test_the_services_run_by_the_commands_of_the_readme(full: Environment, tmp_p
 
 
 def test_the_flower_app_runs_by_the_commands_of_its_readme(
-    full: Environment, tmp_path: Path
+    full: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *_, commands = re.findall(
         r"```console\n(.*?)```", (FLOWER / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
     commands = commands.replace("secure.pt'", "secure.pt' num-server-rounds=2")
     secure = [line[2:] for line in commands.splitlines() if "flwr run plain" not in line]
-    with flower(tmp_path, clients=0) as machine:
-        machine.environment["PATH"] = full.variables["PATH"]
-        machine.environment.pop("PYTHONPATH", None)
+    monkeypatch.setattr(superlinks, "_BINARIES", full.binaries)
+    with superlinks.flower(tmp_path, clients=0) as machine:
+        for name in machine.environment.keys() - _OUTSIDE:
+            if name.startswith("PYTHON"):
+                del machine.environment[name]
+        # `flwr run` starts a SuperLink by itself, and gives it 15 seconds; here it is there before.
+        machine.kits = tmp_path / "here" / "kits"
+        machine.simulation()
         log = machine.shell("\n".join(secure), FLOWER)
     said = re.findall(r"secagg: round (\d): (\d) contributors, (\d) refused", log)
     assert said == [("1", "5", "0"), ("2", "5", "0")]

@@ -46,16 +46,19 @@ def _simulated(folder: Path) -> dict[str, Any]:
             },
         }
         given.write_text(json.dumps(wanted))
-        done = subprocess.run(
-            [sys.executable, str(PROGRAM), str(given), str(answer)],
-            env=os.environ | quiet | support,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        with (folder / "simulation.log").open("w+") as log:
+            done = subprocess.run(
+                [sys.executable, str(PROGRAM), str(given), str(answer)],
+                env=os.environ | quiet | support,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            log.seek(0)
+            said = log.read()
+    assert done.returncode == 0, said[-6000:]
     found: dict[str, Any] = json.loads(answer.read_text())
-    return found | {"log": done.stdout + done.stderr}
+    return found | {"log": said}
 
 
 @pytest.mark.slow
