@@ -23,11 +23,12 @@ setup: $(STAMP) ## Create .venv with everything needed for development
 demo: $(STAMP) ## Encrypted federated training on real data, with a report in runs/latest
 	$(BIN)/secagg demo
 
+# One thread each: there are as many workers as cores, and they would wait for one another.
 test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP) ## Run the slow tests
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m slow --timeout 600
 
 docs: $(STAMP) ## Build the documentation site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --strict --quiet

@@ -8,6 +8,7 @@ any path.
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,13 @@ from pathlib import Path
 
 import pytest
 import superlinks
+import torch
 from pages import DOCS
 from ports import free_addresses
 from superlinks import EXAMPLE as FLOWER
+
+from secagg.parameters import FloatSegment, TensorSpec
+from secagg.planner import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +43,8 @@ PACKAGES = {
     "secagg_bench",
 }
 PROGRAMS = {"secagg", "secagg-server", "secagg-keyholder", "secagg-client"}
+NODES, ROUNDS = 5, 3  # of the Flower example
+EXAMPLES = (320, 480, 640, 320, 480)  # 4 of 5 of 400, 600, 800, 400, 600
 _UV = Path(sys.executable).parent / "uv"  # comes with flwr
 _OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
@@ -248,14 +255,35 @@ def test_the_services_run_by_the_commands_of_the_readme(full: Environment, tmp_p
     assert "│ 10 │" in printed, "ten recommendations"
 
 
-def test_the_flower_app_runs_by_the_commands_of_its_readme(
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return math.hypot(*((one[name] - other[name]).norm().item() for name in one))
+
+
+def _rounding_error(model: dict[str, torch.Tensor]) -> float:
+    """How far rounding moves the mean of one round, in L2 norm, but for one run in 10**9.
+
+    A rounding error has mean 0 and a variance of at most step^2 / 4, and the sum of V of them for
+    each of n clients is a vector of norm sqrt(n V) step / 2. Its square is a sum of V independent
+    terms; for V of 1000 and more it exceeds 1.44 times its mean at 7 standard deviations or more.
+    """
+    shapes = [TensorSpec(name, tuple(value.shape)) for name, value in sorted(model.items())]
+    plan = make_plan(
+        [FloatSegment("update", tuple(shapes), 1.0, 8, "samples", 1000)], max_clients=NODES
+    )
+    (segment,) = plan.segments
+    assert isinstance(segment, FloatSegment)
+    assert segment.values >= 1000
+    weight = sum(EXAMPLES) / segment.weight_cap
+    return 1.2 * math.sqrt(NODES * segment.values) / 2 * segment.step / weight
+
+
+def test_both_flower_apps_run_by_the_commands_of_their_readme_and_end_with_one_model(
     full: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *_, commands = re.findall(
         r"```console\n(.*?)```", (FLOWER / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    commands = commands.replace("secure.pt'", "secure.pt' num-server-rounds=2")
-    secure = [line[2:] for line in commands.splitlines() if "flwr run plain" not in line]
     monkeypatch.setattr(superlinks, "_BINARIES", full.binaries)
     with superlinks.flower(tmp_path, clients=0) as machine:
         for name in machine.environment.keys() - _OUTSIDE:
@@ -264,6 +292,17 @@ def test_the_flower_app_runs_by_the_commands_of_its_readme(
         # `flwr run` starts a SuperLink by itself, and gives it 15 seconds; here it is there before.
         machine.kits = tmp_path / "here" / "kits"
         machine.simulation()
-        log = machine.shell("\n".join(secure), FLOWER)
-    said = re.findall(r"secagg: round (\d): (\d) contributors, (\d) refused", log)
-    assert said == [("1", "5", "0"), ("2", "5", "0")]
+        log = machine.shell(re.sub(r"^\$ ", "", commands, flags=re.MULTILINE), FLOWER)
+        plain, secure = (
+            torch.load(tmp_path / "here" / f"{name}.pt") for name in ("plain", "secure")
+        )
+    said = re.findall(r"secagg: round (\d+): (\d+) contributors, (\d+) refused", log)
+    assert said == [(str(number), str(NODES), "0") for number in range(1, ROUNDS + 1)]
+    assert "in plaintext" not in log
+    assert any(full.folder.rglob("secagg/flower/__pycache__")), "it ran in this environment"
+    torch.manual_seed(0)
+    moved = _distance(superlinks.example_task().Net().state_dict(), plain)
+    # What one round is off by moves the next ones along: training hardly brings two models that
+    # are close apart. Three rounds, and as much again for that.
+    bound = 2 * ROUNDS * _rounding_error(plain)
+    assert _distance(plain, secure) <= bound <= moved / 4
