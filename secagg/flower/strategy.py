@@ -126,8 +126,7 @@ class SecureAggregation(Strategy):
         self._train = TaskRounds(task_of(context.run_id, training=True))
         self._evaluate = TaskRounds(task_of(context.run_id, training=False))
         self._nodes = Nodes()
-        self._given = server
-        self._own: EmbeddedServer | None = None
+        self._given, self._own = server, _Own(context) if server is None else None
         self._training_over = self._evaluation_over = self._warned = False
         self._model, self._key = ArrayRecord(), ""
         self._asked: dict[TaskRounds, Message] = {}  # one of the messages of each task's round
@@ -140,7 +139,7 @@ class SecureAggregation(Strategy):
             clip,
             bits,
             min_clients,
-            max_clients or max(MIN_COHORT, len(self.server.roster.active())),
+            max_clients or max(MIN_COHORT, len(self._roster.active())),
             weighting,
             weight_cap if weighted else 1,
             norm_check,
@@ -338,16 +337,13 @@ class SecureAggregation(Strategy):
             QuorumError: there are too few nodes for a sum.
             SecaggError: see `TaskRounds.open`.
         """
-        refused = Counter[str]()
-        if plan.norm_check is not None:
-            refused = self._nodes.greet(messages, grid, self._timeout)
-            messages, others = self._nodes.enrolled(messages, self.server.roster)
-            refused += others
-        if len(messages) < plan.min_clients:
-            raise QuorumError(
-                f"expected at least min_clients={plan.min_clients} nodes to offer a round to; got "
-                f"{len(messages)}{_counted(refused)}"
-            )
+        _require_enough(plan, messages, {})
+        # Also where the plan needs no keys: in a simulation, nodes that answer say that Ray has
+        # started, which forks; a fork beside a gRPC connection may abort (`EmbeddedServer` has one).
+        refused = self._nodes.greet(messages, grid, self._timeout)
+        messages, others = self._nodes.enrolled(messages, self._roster)
+        refused += others
+        _require_enough(plan, messages, refused)
         opened = task.open(self.server, plan, model)
         self._asked[task] = messages[0]
         task.asked(len(messages), refused)
@@ -413,6 +409,14 @@ def _model_of(messages: list[Message], strategy: Strategy) -> tuple[str, ArrayRe
             "and the mean of their updates would be about neither"
         )
     return key, model
+
+
+def _require_enough(plan: Plan, messages: list[Message], refused: Mapping[str, int]) -> None:
+    if len(messages) < plan.min_clients:
+        raise QuorumError(
+            f"expected at least min_clients={plan.min_clients} nodes to offer a round to; got "
+            f"{len(messages)}{_counted(refused)}"
+        )
 
 
 def _instruct(message: Message, instruction: Instruction) -> None:

@@ -19,6 +19,7 @@ import structlog
 from google.protobuf.message import Message
 from key_holders import LocalKeyHolder
 from serving import loop_thread, serving
+from stores import migrated
 
 from secagg import audit
 from secagg.accounting import Budget
@@ -88,7 +89,7 @@ class Office:
 def office(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Office]:
     data = tmp_path / "a" / "b" / "data"
     blobs = BlobStore(data)
-    store, clock = Store(f"sqlite:///{tmp_path}/store.sqlite3"), SystemClock()
+    store, clock = Store(migrated(tmp_path / "store.sqlite3")), SystemClock()
     roster = cohort.ChangingRoster(OpenEnrolment())
     rounds = OpenRounds(clock)
     coordinator = Coordinator(store, blobs, rounds, LocalKeyHolder(), clock, roster)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import cohort
 import pytest
+import stores
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, example, given, settings
@@ -77,9 +78,9 @@ def shared(server: Postgres, migrated: str) -> Iterator[str]:
 
 @pytest.fixture
 def url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database with the store's tables, or one that gets them; nothing is in them."""
+    """A database with the store's tables; nothing is in them."""
     if kind == "sqlite":
-        return f"sqlite:///{tmp_path}/store.sqlite3"
+        return stores.migrated(tmp_path / "store.sqlite3")
     server: Postgres = request.getfixturevalue("server")
     database = request.getfixturevalue("shared")
     others = f"FROM pg_stat_activity WHERE datname = '{database}'"

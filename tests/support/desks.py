@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cohort
 from clocks import EPOCH, ManualClock
+from stores import migrated
 
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
@@ -87,7 +88,7 @@ class Desk:
 
 def desk_for(plan: Plan, folder: Path, secret: bytes = bytes(32)) -> Desk:
     """A desk with an open round, whose challenges follow from the secret."""
-    store = Store(f"sqlite:///{folder}/store.sqlite3")
+    store = Store(migrated(folder / "store.sqlite3"))
     blobs, rounds = BlobStore(folder / "blobs"), OpenRounds(ManualClock())
     spec = TaskSpec("task", plan, 3, 60_000, 2, plan.max_clients)
     context = cohort.round_context(plan, task_id="task")

@@ -17,6 +17,7 @@ from typing import Any
 import grpc.aio
 from key_holders import durable_rounds
 from serving import LoopThread, serving
+from stores import migrated
 
 from secagg.authority import Authority
 from secagg.certificates import Kit, Role, identity_of
@@ -260,7 +261,7 @@ def site(
         roster=held_roster,
         identity=identity or key_holder_identity(federation),
     )
-    store, blobs = Store(f"sqlite:///{folder}/store.sqlite3", bytes(32)), BlobStore(folder / "b")
+    store, blobs = Store(migrated(folder / "store.sqlite3"), bytes(32)), BlobStore(folder / "b")
     clock = SystemClock()
     rounds = OpenRounds(clock)
 

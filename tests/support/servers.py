@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from clocks import ManualClock
 from key_holders import LocalKeyHolder
 from numpy.typing import NDArray
 from serving import soon
+from stores import migrated
 
 from secagg.audit import Entry
 from secagg.context import RoundContext
@@ -56,21 +56,6 @@ DOWN = UnavailableError("expected an answer; the other side is unreachable")
 SECRET = b"a secret that outlives a server."
 
 
-def _migrated(file: Path) -> Path:
-    """A store's file; a new one has the newest tables already, for all migrations take a while."""
-    if not file.exists():
-        file.write_bytes(_new_store())
-    return file
-
-
-@functools.cache
-def _new_store() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "store.sqlite3"
-        Store(f"sqlite:///{file}").close()
-        return file.read_bytes()
-
-
 class Server:
     """Everything of a server but the network."""
 
@@ -82,7 +67,7 @@ class Server:
         roster: Roster | None = None,
         clock: ManualClock | None = None,
     ) -> None:
-        self.store = Store(f"sqlite:///{_migrated(folder / 'store.sqlite3')}")
+        self.store = Store(migrated(folder / "store.sqlite3"))
         self.folder = folder / "blobs"
         self.blobs = BlobStore(self.folder)
         self.clock = clock or ManualClock()

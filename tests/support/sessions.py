@@ -15,6 +15,7 @@ import grpc.aio
 import numpy as np
 from key_holders import LocalKeyHolder
 from serving import LoopThread, loop_thread, quick_retry, serving
+from stores import migrated
 
 from secagg.enrolment import OpenEnrolment
 from secagg.parameters import Plan
@@ -120,7 +121,7 @@ def session_at(address: str, index: int, **changes: Any) -> ClientSession:  # no
 
 @contextmanager
 def site_at(folder: Path) -> Iterator[Site]:
-    store = Store(f"sqlite:///{folder}/store.sqlite3")
+    store = Store(migrated(folder / "store.sqlite3"))
     blobs, clock = BlobStore(folder / "blobs"), SystemClock()
     rounds, key_holder, roster = OpenRounds(clock), LocalKeyHolder(), OpenEnrolment()
     coordinator = Coordinator(store, blobs, rounds, key_holder, clock, roster, secret=SECRET)
