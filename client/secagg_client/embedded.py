@@ -7,7 +7,7 @@
     send(current.encrypt({"update": train(model)}, samples=120))
 
 The counterpart is `secagg_server.embedded`; in between is anybody's transport, which need not be
-trusted: what matters is endorsed, signed or encrypted. Works with numpy alone.
+trusted: what matters is endorsed, signed or encrypted. Needs neither torch nor pandas.
 
 With a folder, an upload is kept until the next round, so that a crash never makes this client
 encrypt twice for one round; and ledger and switch are those of `secagg-client privacy`,

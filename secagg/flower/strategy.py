@@ -126,7 +126,8 @@ class SecureAggregation(Strategy):
         self._train = TaskRounds(task_of(context.run_id, training=True))
         self._evaluate = TaskRounds(task_of(context.run_id, training=False))
         self._nodes = Nodes()
-        self._given, self._own = server, _Own(context) if server is None else None
+        self._connect = _connector(context) if server is None else None
+        self._server = server
         self._training_over = self._evaluation_over = self._warned = False
         self._model, self._key = ArrayRecord(), ""
         self._asked: dict[TaskRounds, Message] = {}  # one of the messages of each task's round
@@ -151,12 +152,9 @@ class SecureAggregation(Strategy):
     @property
     def server(self) -> EmbeddedServer:
         """The connection to the key holder; made anew after `close`."""
-        if self._given is not None:
-            return self._given
-        if self._own is None:
-            settings = server_settings(self._context)
-            self._own = EmbeddedServer.load(settings.kit, settings.key_holder)
-        return self._own
+        if self._server is None and self._connect is not None:
+            self._server = self._connect()
+        return self._server
 
     def close(self) -> None:
         """Give up what is open, and close the connection, unless it was given."""
