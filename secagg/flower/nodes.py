@@ -26,7 +26,7 @@ class Nodes:
         self._notices: dict[int, bytes] = {}
 
     def greet(self, messages: Iterable[Message], grid: Grid, timeout: float) -> Counter[str]:
-        """Ask those nodes for their public keys that have never been asked with success.
+        """Ask those nodes for their public keys that are not known yet.
 
         Args:
             messages: what is about to be sent; a node is asked in a message of the same type,

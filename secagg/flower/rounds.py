@@ -132,7 +132,7 @@ class TaskRounds:
 
     def _release(self, current: EmbeddedRound) -> Release | SecaggError:
         try:
-            conclusion = current.conclude()
+            release = current.conclude().release
         except ReleaseError as error:
             # The key holder may have seen the sum: never a second one of this number.
             self._next_number()
@@ -140,9 +140,10 @@ class TaskRounds:
         except SecaggError as error:
             self._attempt += 1
             return error
+        finally:
+            self._refused.update(current.refused.values())
         self._next_number()
-        self._refused.update(conclusion.refused.values())
-        return conclusion.release
+        return release
 
     def _next_number(self) -> None:
         self._number, self._attempt = self._number + 1, 1

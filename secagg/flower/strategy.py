@@ -8,7 +8,6 @@ weight. In between, a round is opened at the key holder, offered to each node, a
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
@@ -17,6 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from secagg.certificates import Kit, Role
+from secagg.enrolment import EnrolmentFile
 from secagg.errors import (
     BudgetError,
     ConfigurationError,
@@ -73,8 +74,6 @@ class SecureAggregation(Strategy):
         evaluate_metrics: the same for evaluation, which then is an encrypted round of its own. If
             omitted, evaluation metrics travel in plaintext, as Flower sends them.
         evaluate_privacy: noise and budget of these; with privacy, they must have one.
-        server: the connection to the key holder, which the caller then closes; made from the
-            context's settings when omitted.
 
     Attributes:
         sums: SHA-256 of the opened sums, in hexadecimal, by Flower's number of the training round.
@@ -103,10 +102,9 @@ class SecureAggregation(Strategy):
         metrics: Mapping[str, float] | None = None,
         evaluate_metrics: Mapping[str, float] | None = None,
         evaluate_privacy: Privacy | None = None,
-        server: EmbeddedServer | None = None,
     ) -> None:
         super().__init__()
-        self._inner, self._context = require_fitting(strategy), context
+        self._inner = require_fitting(strategy)
         if privacy and evaluate_metrics and not evaluate_privacy:
             raise ConfigurationError(
                 "expected evaluate_privacy with evaluate_metrics, because privacy covers the model "
@@ -126,8 +124,10 @@ class SecureAggregation(Strategy):
         self._train = TaskRounds(task_of(context.run_id, training=True))
         self._evaluate = TaskRounds(task_of(context.run_id, training=False))
         self._nodes = Nodes()
-        self._connect = _connector(context) if server is None else None
-        self._server = server
+        settings = server_settings(context)
+        self._kit, self._key_holder = Kit.load(settings.kit, Role.SERVER), settings.key_holder
+        self._roster = EnrolmentFile(self._kit.file("enrolment.json"), self._kit.ca)
+        self._server: EmbeddedServer | None = None
         self._training_over = self._evaluation_over = self._warned = False
         self._model, self._key = ArrayRecord(), ""
         self._asked: dict[TaskRounds, Message] = {}  # one of the messages of each task's round
@@ -151,18 +151,18 @@ class SecureAggregation(Strategy):
 
     @property
     def server(self) -> EmbeddedServer:
-        """The connection to the key holder; made anew after `close`."""
-        if self._server is None and self._connect is not None:
-            self._server = self._connect()
+        """The connection to the key holder: made for the first round, and anew after `close`."""
+        if self._server is None:
+            self._server = EmbeddedServer(self._key_holder, self._kit, self._roster)
         return self._server
 
     def close(self) -> None:
-        """Give up what is open, and close the connection, unless it was given."""
+        """Give up what is open, and close the connection."""
         self._train.abandon()
         self._evaluate.abandon()
-        if self._own is not None:
-            self._own.close()
-            self._own = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def summary(self) -> None:
         """Log the settings, and the inner strategy's."""
@@ -337,7 +337,7 @@ class SecureAggregation(Strategy):
         """
         _require_enough(plan, messages, {})
         # Also where the plan needs no keys: in a simulation, nodes that answer say that Ray has
-        # started, which forks; a fork beside a gRPC connection may abort (`EmbeddedServer` has one).
+        # started. It forks while it does, which may abort beside a gRPC connection, as ours is.
         refused = self._nodes.greet(messages, grid, self._timeout)
         messages, others = self._nodes.enrolled(messages, self._roster)
         refused += others

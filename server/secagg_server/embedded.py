@@ -212,6 +212,8 @@ class EmbeddedRound:
 
     Attributes:
         context: what uploads must be made for.
+        refused: reason code by name of those whose upload was taken and then left out, also where
+            the round has failed for it.
     """
 
     def __init__(
@@ -223,6 +225,7 @@ class EmbeddedRound:
         ciphertexts: Ciphertexts,
     ) -> None:
         self.context = context
+        self.refused: dict[str, str] = {}
         self._server = server
         self._endorsement = endorsement
         self._challenger = challenger
@@ -346,15 +349,14 @@ class EmbeddedRound:
             if not self._open:
                 raise ClosedError("expected an open round; this one is over; open the next one")
             self._open = False
-        refused: dict[str, str] = {}
         try:
-            release = self._server._run(self._concluded(refused))
+            release = self._server._run(self._concluded())
         except SecaggError:
             self._forget()
             raise
         self._server._blobs.drop_round(self.context.id)
-        contributors = tuple(name for name in self._uploads if name not in refused)
-        return Conclusion(release, contributors, refused)
+        contributors = tuple(name for name in self._uploads if name not in self.refused)
+        return Conclusion(release, contributors, dict(self.refused))
 
     def notice(self, client_key: bytes) -> bytes:
         """The verdict on a client's upload, for `EmbeddedClient.judge`. For that client alone.
@@ -387,15 +389,14 @@ class EmbeddedRound:
     def _key_holder(self) -> KeyHolderStub:
         return self._server._stub
 
-    async def _concluded(self, refused: dict[str, str]) -> Release:
-        """Notes in ``refused`` whom it leaves out, and why."""
-        await self._judged(refused)
-        await self._checked(refused)
+    async def _concluded(self) -> Release:
+        await self._judged()
+        await self._checked()
         try:
-            names, residues = await self._checked_sum(refused)
+            names, residues = await self._checked_sum()
         except ReleaseError:
-            await self._audited(refused)
-            names, residues = await self._checked_sum(refused)
+            await self._audited()
+            names, residues = await self._checked_sum()
         try:
             answer = await patiently(
                 lambda: self._key_holder.release(self.context, names, residues)
@@ -409,18 +410,18 @@ class EmbeddedRound:
         rotation = self.context.rotation
         return Release(self.context.plan, rotation, answer.contributors, answer.sums)
 
-    def _left(self, refused: dict[str, str]) -> list[Admission]:
+    def _left(self) -> list[Admission]:
         """What is not refused, if it is enough."""
-        left = [each for client, each in self._uploads.items() if client not in refused]
+        left = [each for client, each in self._uploads.items() if client not in self.refused]
         check_quorum(self.context, len(left))
         return left
 
-    async def _judged(self, refused: dict[str, str]) -> None:
-        admissions = self._left(refused)
+    async def _judged(self) -> None:
+        admissions = self._left()
         found = await patiently(lambda: self._key_holder.judge(self.context, admissions))
-        self._refuse(refused, found)
+        self._refuse(found)
 
-    async def _checked(self, refused: dict[str, str]) -> None:
+    async def _checked(self) -> None:
         challenger, plan = self._challenger, self.context.plan
         if challenger is None:
             return
@@ -428,17 +429,17 @@ class EmbeddedRound:
             self._key_holder,
             self.context,
             self._endorsement.identity,
-            self._left(refused),
+            self._left(),
             lambda receipt: self._ciphertexts.sketch(challenger, plan, receipt),
             _SKETCHED_AT_ONCE,
         )
         self._verdicts = {verdict.receipt.client_key: verdict for verdict in verdicts}
         beyond = [v.receipt.upload_digest for v in verdicts if not v.accepted]
-        self._refuse(refused, dict.fromkeys(beyond, NormError.reason))
+        self._refuse(dict.fromkeys(beyond, NormError.reason))
 
-    async def _audited(self, refused: dict[str, str]) -> None:
+    async def _audited(self) -> None:
         found = {}
-        for admission in self._left(refused):
+        for admission in self._left():
             name = admission.receipt.upload_digest
             if reason := await self._audit_one(name):
                 found[name] = reason
@@ -447,22 +448,22 @@ class EmbeddedRound:
                 "expected the sum to open under its manifest; it does not, and the noise audit "
                 "names nobody; collect the round again"
             )
-        self._refuse(refused, found)
+        self._refuse(found)
 
     async def _audit_one(self, name: bytes) -> str:
         low = await asyncio.to_thread(self._ciphertexts.low_bits_of, self.context, name)
         return await patiently(lambda: self._key_holder.audit(self.context, name, low))
 
-    def _refuse(self, refused: dict[str, str], found: dict[bytes, str]) -> None:
+    def _refuse(self, found: dict[bytes, str]) -> None:
         for client, admission in self._uploads.items():
             if reason := found.get(admission.receipt.upload_digest):
-                refused[client] = reason
+                self.refused[client] = reason
 
     async def _checked_sum(
-        self, refused: dict[str, str]
+        self,
     ) -> tuple[Sequence[bytes], NDArray[np.uint64]]:
         """A manifest and its sum, once the key holder has seen that its noise is in the guard."""
-        names = [admission.receipt.upload_digest for admission in self._left(refused)]
+        names = [admission.receipt.upload_digest for admission in self._left()]
         residues = await asyncio.to_thread(self._ciphertexts.total, self.context, names)
         low = await asyncio.to_thread(self._ciphertexts.low_bits, self.context, residues, *names)
         await patiently(lambda: self._key_holder.check_sum(self.context, names, low))

@@ -46,7 +46,7 @@ from secagg.flower.arrays import moved
 from secagg.parameters import NormCheck, Privacy
 from secagg_client.ledger import Fate, Ledger
 from secagg_keyholder.policy import DEFAULT_ATTEMPTS
-from secagg_server.embedded import EmbeddedRound
+from secagg_server.embedded import EmbeddedRound, EmbeddedServer
 
 FLOATS = ("layer.bias", "layer.weight")
 RELEASE = Privacy("release", 1.0, 1.0, 1e-5)
@@ -230,7 +230,7 @@ def test_a_round_with_too_few_is_skipped_and_the_next_one_goes_on(
     run: Run, running: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     strategy, grid = run.strategy(), run.grid()
-    silence(grid, {0, 1}, set(), {2})
+    silence(grid, set(), {0, 1}, set(), {2})
     result = strategy.start(grid, array_record(), 3)
     assert strategy.contributors == {2: 4, 3: 3}
     assert strategy.refused == {1: {"NO_REPLY": 2}, 2: {}, 3: {"NO_REPLY": 1}}
@@ -312,15 +312,29 @@ def test_who_is_not_enrolled_and_who_answers_for_another_are_left_out(run: Run) 
     assert strategy.refused == {1: {"NOT_ENROLLED": 1, "DUPLICATE_UPLOAD": 1}}
 
 
-def test_nodes_are_greeted_once_and_only_for_a_norm_check(run: Run) -> None:
+def test_the_key_holder_is_called_once_nodes_have_answered(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulation forks while it starts, and a fork beside a gRPC connection may abort."""
+    strategy, grid = run.strategy(), run.grid()
+    answered: list[int] = []
+    connected = EmbeddedServer.__init__
+
+    def connect(self: EmbeddedServer, *given: Any) -> None:  # noqa: ANN401
+        answered.append(len(grid.replies))
+        connected(self, *given)
+
+    monkeypatch.setattr(EmbeddedServer, "__init__", connect)
+    strategy.start(grid, array_record(), 1)
+    assert answered == [4]
+
+
+def test_nodes_are_greeted_once(run: Run) -> None:
     strategy, grid = run.strategy(norm_check=NormCheck()), run.grid()
     strategy.start(grid, array_record(), 2)
     hellos = [m for m in grid.asked if "arrays" not in m.content]
     assert len(hellos) == 4
     assert len(grid.asked) == 4 + 2 * 4
-    unchecked = run.grid()
-    Run(run.config).strategy().start(unchecked, array_record(), 1)
-    assert len(unchecked.asked) == 4
 
 
 def test_evaluation_is_in_plaintext_unless_it_is_asked_for_and_says_so_once(
@@ -363,7 +377,7 @@ def test_a_spent_budget_ends_the_rounds_and_the_run_ends_as_any_other(
     with caplog.at_level(logging.INFO):
         result = strategy.start(grid, array_record(), 4)
     assert list(strategy.sums) == [1, 2]
-    assert len(grid.asked) == 2 * 4
+    assert len(grid.asked) == 4 + 2 * 4
     assert sum("no more rounds: BUDGET_SPENT" in line for line in logged(caplog)) == 1
     # What the key holder has added is there: one step of the clip norm is far below it.
     found = strategy.releases[1].mean()["layer.weight"]
@@ -460,6 +474,17 @@ def test_poison_is_refused_and_its_node_is_told_and_checks_it(
     assert fates == {0: {Fate.SENT}, 1: {Fate.SENT}, 2: {Fate.SENT}, 3: {Fate.REFUSED}}
 
 
+def test_a_round_that_poison_has_left_too_small_says_so(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = run.strategy(norm_check="auto", clip=0.2, min_clients=4)
+    grid = run.grid(mods=[poisoner([3]), SecaggMod(rounding_of)])
+    strategy.start(grid, array_record(), 1)
+    assert strategy.refused == {1: {"NORM_REFUSED": 1}}
+    assert strategy.contributors == {}
+    assert any("(NORM_REFUSED: 1)" in line for line in logged(caplog) if "skipped" in line)
+
+
 def test_a_strategy_may_be_started_again(run: Run) -> None:
     strategy, grid = run.strategy(), run.grid()
     first = strategy.start(grid, array_record(), 1)
@@ -501,7 +526,7 @@ def test_attempts_on_one_model_are_used_up_and_those_at_an_evaluation_are_not(
 ) -> None:
     training, evaluation = run.grid(), run.grid()
     for grid in (training, evaluation):
-        silence(grid, *[{0, 1}] * DEFAULT_ATTEMPTS)
+        silence(grid, set(), *[{0, 1}] * DEFAULT_ATTEMPTS)
     trains = run.strategy()
     trains.start(training, array_record(), DEFAULT_ATTEMPTS + 2)
     assert trains.sums == {}
@@ -515,10 +540,13 @@ def test_an_exception_in_between_leaves_no_round_open(
     run: Run, running: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = run.grid()
+    plain = grid.send_and_receive
 
     def broken(messages: Iterable[Message], **_: Any) -> Iterable[Message]:  # noqa: ANN401
-        list(messages)
-        raise ConnectionError("the link is down")
+        messages = list(messages)
+        if any("arrays" in message.content for message in messages):
+            raise ConnectionError("the link is down")
+        return plain(messages)
 
     monkeypatch.setattr(grid, "send_and_receive", broken)
     with pytest.raises(ConnectionError):

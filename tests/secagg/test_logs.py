@@ -448,6 +448,7 @@ SOURCES = [
     file for folder in ("secagg", "server", "client") for file in (ROOT / folder).rglob("*.py")
 ]
 METHODS = {"debug", "info", "warning", "error", "critical", "exception", "fatal", "msg", "log"}
+ADAPTERS = {ROOT / "secagg" / "flower", ROOT / "secagg" / "nvflare"}
 
 
 def test_every_event_is_a_constant_and_everything_else_a_keyword() -> None:
@@ -456,6 +457,10 @@ def test_every_event_is_a_constant_and_everything_else_a_keyword() -> None:
     assert len(calls) > 5
     for file, call in calls:
         arguments = call.args[1:] if called(call) == "log" else call.args
+        if file.parent in ADAPTERS:
+            # The framework's own logger: a constant template, and what it is filled with beside it.
+            arguments = arguments[:1]
+            assert not any(isinstance(each, ast.JoinedStr) for each in call.args)
         assert [type(argument) for argument in arguments] == [ast.Constant], (
             f"{file.relative_to(ROOT)}:{call.lineno} logs more than a constant and keywords"
         )
