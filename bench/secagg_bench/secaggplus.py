@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from secagg.aggregator import Aggregator
@@ -534,10 +536,10 @@ def main(
     if context.invoked_subcommand is not None:
         return
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    wanted = list(product(parameters, clients))
     settings = [
-        in_child("secagg_bench.secaggplus", "measure", size, cohort, rounds)
-        for size in parameters
-        for cohort in clients
+        in_child("secagg_bench.secaggplus", "measure", *each, rounds)
+        for each in track(wanted, "Measuring", console=Console(stderr=True))
     ]
     if output is not None:
         results = {
