@@ -141,11 +141,9 @@ class EmbeddedClient:
             ForgedSketchError: this server has been caught forging before; says by which evidence.
         """
         self._switch.require_on()
-        self._require_no_evidence()
-        if len(offer) > MAX_MESSAGE_BYTES:
-            raise MalformedError(
-                f"expected an offer of at most {MAX_MESSAGE_BYTES} bytes; got bytes={len(offer)}"
-            )
+        if self._outbox:
+            self._outbox.require_no_evidence()
+        _require_message("offer", offer)
         answer = parse(pb.GetRoundResponse, offer)
         newest = self._newest()
         context = offered_round(
@@ -179,14 +177,15 @@ class EmbeddedClient:
             raise ConfigurationError(
                 "expected an upload that was kept; none is; contribute first, or keep a folder"
             )
+        _require_message("notice", notice)
         answer = parse(pb.GetVerdictResponse, notice)
         try:
             judgement = judged(answer, kept, self._kit.pins(), _no_models)
         except ForgedSketchError as error:
             if self._outbox is None:
                 raise
-            file = self._outbox.keep_evidence(kept.number, notice)
-            raise ForgedSketchError(f"{error}; the evidence is {file}") from None
+            evidence = self._outbox.keep_evidence(kept.number, notice)
+            raise ForgedSketchError(f"{error}; {evidence}") from None
         if not judgement.accepted:
             self._ledger.ended(judgement.context, Fate.REFUSED, certain=True)
         return judgement
@@ -243,13 +242,13 @@ class EmbeddedClient:
             return self._sent.number
         return self._outbox.newest() if self._outbox else (0, 0)
 
-    def _require_no_evidence(self) -> None:
-        if self._outbox and (found := self._outbox.evidence()):
-            raise ForgedSketchError(
-                "expected a server that has not been caught asking something else about an update; "
-                f"{found[0]} is evidence that it was; report it, and move it away to take part "
-                "again"
-            )
+
+def _require_message(what: str, data: bytes) -> None:
+    """Refuse bytes beyond the largest message before they are parsed."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MalformedError(
+            f"expected {what} of at most {MAX_MESSAGE_BYTES} bytes; got bytes={len(data)}"
+        )
 
 
 def _no_models(_segment: FloatSegment, _version: int) -> bytes:

@@ -21,6 +21,7 @@ from secagg.errors import (
     ClosedError,
     ConfigurationError,
     ContextError,
+    ForgedSketchError,
     MalformedError,
     PlanError,
 )
@@ -149,15 +150,31 @@ class Outbox:
             raise _sits_out()
         return kept
 
-    def keep_evidence(self, number: tuple[int, int], verdict: bytes) -> Path:
+    def keep_evidence(self, number: tuple[int, int], verdict: bytes) -> str:
         """Keep what a server answered about the upload of a round, next to that upload.
 
-        Raises:
-            OSError: it cannot be written.
+        Returns:
+            Where it is, or why it could not be written, in words.
         """
         file = self._evidence(number)
-        write(file, verdict)
-        return file
+        try:
+            write(file, verdict)
+        except OSError as error:
+            return f"the evidence could not be kept: {error.strerror}"
+        return f"the evidence is {file}, with the upload next to it"
+
+    def require_no_evidence(self) -> None:
+        """Refuse to go on with a server that has been caught.
+
+        Raises:
+            ForgedSketchError: it has; says by which evidence.
+        """
+        if found := self.evidence():
+            raise ForgedSketchError(
+                "expected a server that has not been caught asking something else about an update; "
+                f"{found[0]} is evidence that it was; report it, and move it away to take part "
+                "again"
+            )
 
     def evidence(self) -> Sequence[Path]:
         """Evidence against this task's server, in the order of the rounds."""

@@ -276,7 +276,8 @@ class ClientSession:
             UnavailableError: the server could not be reached in time.
             SecaggError: what else the server answered.
         """
-        self._require_no_evidence()
+        if self._outbox:
+            self._outbox.require_no_evidence()
         done = (0, 0)
         while True:
             self._wait_while_paused()
@@ -304,14 +305,6 @@ class ClientSession:
             self._models[model.version] = context.id.model_digest
             holder = answer.key_holder_identity
             yield CurrentRound(context, model, answer.rounds_total, commitment, holder, self)
-
-    def _require_no_evidence(self) -> None:
-        if self._outbox and (found := self._outbox.evidence()):
-            raise ForgedSketchError(
-                "expected a server that has not been caught asking something else about an update; "
-                f"{found[0]} is evidence that it was; report it, and move it away to take part "
-                "again"
-            )
 
     def _wait_while_paused(self) -> None:
         if self._switch.paused:
@@ -594,11 +587,7 @@ class ClientSession:
         """Where the answer has been put, in words."""
         if self._outbox is None:
             return "without an outbox, nothing was kept"
-        try:
-            file = self._outbox.keep_evidence(kept.number, answer.SerializeToString())
-        except OSError as error:
-            return f"the evidence could not be kept: {error.strerror}"
-        return f"the evidence is {file}, with the upload next to it"
+        return self._outbox.keep_evidence(kept.number, answer.SerializeToString())
 
     def _model_version(self, segment: FloatSegment, version: int) -> bytes:
         """A model version: the one that a round named by this number, if one did."""

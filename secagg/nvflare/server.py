@@ -108,6 +108,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         self.train_task = train_task
         self._noise = Privacy(**privacy) if privacy else None
         self._check = self._checked()
+        # Logs go to `logger` itself: what NVFlare's own methods add to a line names the client.
         self._lock = Lock()  # tasks are asked for, and answered, in many threads
         self._server: EmbeddedServer | None = None
         self._plan: Plan | None = None
@@ -171,7 +172,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         try:
             conclusion = current.conclude()
         except SecaggError as error:
-            self.error(f"secagg: {error.reason}: {error}")
+            self.logger.error(f"secagg: {error.reason}: {error}")
             raise
         self._judged = current
         self._asked = (*conclusion.contributors, *conclusion.refused)
@@ -183,7 +184,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
     def _aggregate(self, current: EmbeddedRound, conclusion: Conclusion) -> FLModel:
         release, number = conclusion.release, current.context.id.round_number
         reasons = ", ".join(sorted(conclusion.refused.values()))
-        self.info(
+        self.logger.info(
             f"secagg: round {number}: {release.contributors} contributors, "
             f"{len(conclusion.refused)} refused{reasons and f' ({reasons})'}, "
             f"sha256={release.sha256}"
@@ -195,7 +196,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         """Put into a client's task what it needs to take part, and the verdict on its last part."""
         task: Shareable = fl_ctx.get_prop(FLContextKey.TASK_DATA)
         current = self._opened(task, fl_ctx)
-        keys = self._keys(fl_ctx.get_peer_context().get_identity_name(), fl_ctx)
+        keys = self._keys(fl_ctx.get_peer_context().get_identity_name())
         offers = {key.hex(): current.offer(key) for key in keys} if current else {}
         task.set_header(OFFERS, offers)
         task.set_header(NOTICES, self._notices(keys))
@@ -204,17 +205,17 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         """Show the clients of the last round their verdicts, which no other task will bring."""
         engine = fl_ctx.get_engine()
         for name in self._asked:
-            if notices := self._notices(self._keys(name, fl_ctx)):
+            if notices := self._notices(self._keys(name)):
                 message = Shareable()
                 message.set_header(NOTICES, notices)
                 engine.send_aux_request([name], NOTICES, message, _SETTLE_S, fl_ctx, optional=True)
 
-    def _keys(self, name: str, fl_ctx: FLContext) -> tuple[bytes, ...]:
+    def _keys(self, name: str) -> tuple[bytes, ...]:
         """The signing keys of a client; none if it may not take part, which is its own trouble."""
         try:
             return self._running().roster.require(name).signing_keys
         except IdentityError as error:
-            self.log_warning(fl_ctx, f"secagg: a client is left out: {error.reason}: {error}")
+            self.logger.warning(f"secagg: a client is left out: {error.reason}: {error}")
             return ()
 
     def _notices(self, keys: tuple[bytes, ...]) -> dict[str, bytes]:
@@ -290,7 +291,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
                 raise ClosedError("expected an open round; this one is over")
             current.add(upload_in(data))
         except SecaggError as error:
-            self.warning(f"secagg: refused an update: {error.reason}: {error}")
+            self.logger.warning(f"secagg: refused an update: {error.reason}: {error}")
             return False
         return True
 

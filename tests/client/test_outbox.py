@@ -19,6 +19,7 @@ from secagg.errors import (
     ConfigurationError,
     ContextError,
     DuplicateError,
+    ForgedSketchError,
     InputError,
     UnavailableError,
 )
@@ -111,7 +112,8 @@ def test_evidence_stays_with_its_upload_whatever_comes_later(tmp_path: Path) -> 
     outbox = Outbox(tmp_path, "task")
     first, second, third = (context(number) for number in (1, 2, 10))
     outbox.save(kept_of(first))
-    file = outbox.keep_evidence((1, 1), b"what the server answered")
+    file = tmp_path / "evidence-task.1.1.pb"
+    assert str(file) in outbox.keep_evidence((1, 1), b"what the server answered")
     for current in (second, third):
         outbox.save(kept_of(current))
     assert file.read_bytes() == b"what the server answered"
@@ -119,8 +121,17 @@ def test_evidence_stays_with_its_upload_whatever_comes_later(tmp_path: Path) -> 
     assert outbox.load(first.id) is not None
     assert outbox.load(second.id) is None
     assert outbox.newest() == (10, 1)
-    assert outbox.evidence() == [tmp_path / "evidence-task.1.1.pb"]
+    assert outbox.evidence() == [file]
+    with pytest.raises(ForgedSketchError, match="move it away"):
+        outbox.require_no_evidence()
+    Outbox(tmp_path, "task.1").require_no_evidence()
     assert not Outbox(tmp_path, "task.1").evidence()
+
+
+def test_evidence_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_bytes(b"")
+    outbox = Outbox(tmp_path / "a file", "task")
+    assert "could not be kept" in outbox.keep_evidence((1, 1), b"what the server answered")
 
 
 SITS_OUT = "sits the round out rather than encrypt a second time"

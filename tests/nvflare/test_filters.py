@@ -328,6 +328,9 @@ def test_an_update_in_the_clear_is_dropped(
         assert not job.aggregator.accept(make_reply(ReturnCode.OK), job.server)
         assert job.aggregator._open.uploads == 0
     assert "add SecaggJoin" in caplog.text
+    said = [record for record in caplog.records if "Aggregator" in record.name]
+    assert said
+    assert not any(name in record.getMessage() for record in said for name in CLIENTS)
 
 
 def test_uploads_of_another_round_or_twice_do_not_count(flare: Callable[..., Flare]) -> None:

@@ -355,6 +355,16 @@ def test_a_server_that_asks_something_else_is_caught_for_good(
         victim.join(later.offer(key), MODEL)
 
 
+def test_a_notice_beyond_the_largest_message_is_not_even_parsed(
+    server: EmbeddedServer, task: str
+) -> None:
+    who = client(0, task)
+    joined = who.join(opened(server, task, CHECKED).offer(who.public_key), MODEL)
+    joined.encrypt(cohort.contribution(CHECKED, 0))
+    with pytest.raises(MalformedError, match="notice of at most"):
+        who.judge(bytes(3 << 20))
+
+
 def test_there_is_no_verdict_on_nothing(server: EmbeddedServer, task: str) -> None:
     current = opened(server, task)
     with pytest.raises(ClosedError):
