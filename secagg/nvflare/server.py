@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from threading import Lock
 from typing import Any
 
@@ -31,6 +32,8 @@ from secagg_server.embedded import Conclusion, EmbeddedRound, EmbeddedServer
 
 __all__ = ["SHA256", "SecaggAggregator"]
 
+# Not NVFlare's own methods: what these add to a line names the client.
+_LOG = logging.getLogger(__name__)
 _SETTLE_S = 5.0  # for each client; all of them were there a moment ago
 
 SHA256 = "secagg_sha256"
@@ -108,7 +111,6 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         self.train_task = train_task
         self._noise = Privacy(**privacy) if privacy else None
         self._check = self._checked()
-        # Logs go to `logger` itself: what NVFlare's own methods add to a line names the client.
         self._lock = Lock()  # tasks are asked for, and answered, in many threads
         self._server: EmbeddedServer | None = None
         self._plan: Plan | None = None
@@ -172,7 +174,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         try:
             conclusion = current.conclude()
         except SecaggError as error:
-            self.logger.error(f"secagg: {error.reason}: {error}")
+            _LOG.error("secagg: %s: %s", error.reason, error)
             raise
         self._judged = current
         self._asked = (*conclusion.contributors, *conclusion.refused)
@@ -184,10 +186,13 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
     def _aggregate(self, current: EmbeddedRound, conclusion: Conclusion) -> FLModel:
         release, number = conclusion.release, current.context.id.round_number
         reasons = ", ".join(sorted(conclusion.refused.values()))
-        self.logger.info(
-            f"secagg: round {number}: {release.contributors} contributors, "
-            f"{len(conclusion.refused)} refused{reasons and f' ({reasons})'}, "
-            f"sha256={release.sha256}"
+        _LOG.info(
+            "secagg: round %d: %d contributors, %d refused%s, sha256=%s",
+            number,
+            release.contributors,
+            len(conclusion.refused),
+            reasons and f" ({reasons})",
+            release.sha256,
         )
         mean = {name: value.astype(self._types[name]) for name, value in release.mean().items()}
         return FLModel(params_type=ParamsType.DIFF, params=mean, meta={SHA256: release.sha256})
@@ -215,7 +220,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
         try:
             return self._running().roster.require(name).signing_keys
         except IdentityError as error:
-            self.logger.warning(f"secagg: a client is left out: {error.reason}: {error}")
+            _LOG.warning("secagg: a client is left out: %s: %s", error.reason, error)
             return ()
 
     def _notices(self, keys: tuple[bytes, ...]) -> dict[str, bytes]:
@@ -291,7 +296,7 @@ class SecaggAggregator(ModelAggregator):  # type: ignore[misc] # NVFlare has no 
                 raise ClosedError("expected an open round; this one is over")
             current.add(upload_in(data))
         except SecaggError as error:
-            self.logger.warning(f"secagg: refused an update: {error.reason}: {error}")
+            _LOG.warning("secagg: refused an update: %s: %s", error.reason, error)
             return False
         return True
 

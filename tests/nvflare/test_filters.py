@@ -328,7 +328,7 @@ def test_an_update_in_the_clear_is_dropped(
         assert not job.aggregator.accept(make_reply(ReturnCode.OK), job.server)
         assert job.aggregator._open.uploads == 0
     assert "add SecaggJoin" in caplog.text
-    said = [record for record in caplog.records if "Aggregator" in record.name]
+    said = [record for record in caplog.records if record.name == "secagg.nvflare.server"]
     assert said
     assert not any(name in record.getMessage() for record in said for name in CLIENTS)
 
