@@ -31,6 +31,8 @@ def test_the_walk_through_runs_from_an_empty_folder_to_the_end(tmp_path: Path) -
         "SECAGG_KEYHOLDER_LISTEN": key_holder,
         "SECAGG_SERVER_LISTEN": client,
         "SECAGG_SERVER_ADMIN_LISTEN": admin,
+        "SECAGG_KEYHOLDER_MONITOR_LISTEN": "off",
+        "SECAGG_SERVER_MONITOR_LISTEN": "off",
         "SECAGG_SERVER_KEY_HOLDER": key_holder,
         "SECAGG_OPERATOR_ADMIN": admin,
         "SECAGG_CLIENT_SERVER": client,

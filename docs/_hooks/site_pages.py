@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 from reference_commands import commands_page
 from reference_configuration import configuration_page, task_file_page
 from reference_errors import errors_page
+from reference_metrics import metrics_page
 from reference_wire import wire_page
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ GENERATED = {
     "reference/configuration.md": configuration_page,
     "reference/task-files.md": task_file_page,
     "reference/commands.md": commands_page,
+    "reference/metrics.md": metrics_page,
     "reference/wire.md": wire_page,
 }
 MARK = "<!-- made when the site is built -->"
