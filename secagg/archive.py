@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,7 @@ from numpy.typing import NDArray
 
 from secagg.errors import InputError
 
-__all__ = ["read_npz"]
-
-# A flipped bit in its flags makes an archive look encrypted, or of an unknown kind.
-_DAMAGED = (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+__all__ = ["npz_of", "read_npz"]
 
 
 def read_npz(file: Path) -> dict[str, NDArray[Any]]:
@@ -26,8 +21,26 @@ def read_npz(file: Path) -> dict[str, NDArray[Any]]:
         InputError: not readable, not an archive of arrays, or one that holds Python objects.
     """
     try:
-        # From memory, because numpy leaves the file open when it is not an archive.
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except _DAMAGED as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise InputError(f"expected an .npz file of arrays; {file}: {error}") from None
+    # From memory, because numpy leaves the file open when it is not an archive.
+    return npz_of(data, str(file))
+
+
+def npz_of(data: bytes, what: str) -> dict[str, NDArray[Any]]:
+    """Every array of an archive in memory, by name.
+
+    Args:
+        what: names it in an error.
+
+    Raises:
+        InputError: not an archive of arrays, or one that holds Python objects.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    # Over damaged bytes numpy raises what its parts do: of zip files, of Python's own tokens, of
+    # memory for a size that is written there.
+    except Exception as error:
+        raise InputError(f"expected an .npz file of arrays; {what}: {error}") from None

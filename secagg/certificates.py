@@ -6,6 +6,7 @@ in its certificate, ``urn:secagg:<role>:<name>``; services also carry the hosts 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,16 +27,19 @@ from secagg.errors import (
     CertificateError,
     EarlyCertificateError,
     ExpiredCertificateError,
+    IdentityError,
     NoCertificateError,
     UntrustedCertificateError,
     WrongRoleError,
 )
+from secagg.private_files import open_to_others
 
 __all__ = [
     "URI_PREFIX",
     "USES",
     "Identity",
     "Kit",
+    "KitOnDisk",
     "Role",
     "authority_of",
     "check_key",
@@ -70,6 +74,7 @@ class Role(StrEnum):
     KEY_HOLDER = "key-holder"
     CLIENT = "client"
     OPERATOR = "operator"
+    MONITOR = "monitor"
 
 
 # The server is a client of the key holder, and a key holder's own tools speak to it with its kit.
@@ -79,6 +84,7 @@ USES = {
     Role.KEY_HOLDER: _BOTH,
     Role.CLIENT: frozenset({ExtendedKeyUsageOID.CLIENT_AUTH}),
     Role.OPERATOR: frozenset({ExtendedKeyUsageOID.CLIENT_AUTH}),
+    Role.MONITOR: frozenset({ExtendedKeyUsageOID.CLIENT_AUTH}),
 }
 """The extended key usages that a certificate of each role must have."""
 
@@ -151,16 +157,17 @@ def check_key(certificate: x509.Certificate, key_pem: bytes) -> PrivateKeyTypes:
 
 
 def check_private(path: Path) -> None:
-    """Refuse a file of secrets that others than its owner can read.
+    """Refuse a file of secrets that others than its owner can read; see `open_to_others`.
 
     Raises:
         CertificateError: its mode allows it.
     """
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
+    status = path.stat()
+    if open_to_others(status):
         raise CertificateError(
-            f"expected {path} to be readable by its owner only; its mode is {mode:04o}; make it "
-            "0600, and have the kit made anew if others could read it"
+            f"expected {path} to be readable by its owner only; its mode is "
+            f"{status.st_mode & 0o777:04o}; make it 0600, and have the kit made anew if others "
+            "could read it"
         )
 
 
@@ -209,6 +216,37 @@ class Kit:
     def file(self, name: str) -> Path:
         """Where another file of the kit lies, such as ``signing.key``."""
         return self.folder / name
+
+
+class KitOnDisk:
+    """A kit as its files say now, so that certificates rotate without a restart.
+
+    Between the replacement of one file and the next they do not fit together: the kit in use goes
+    on until they do.
+
+    Args:
+        kit: as it was loaded.
+    """
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._seen = self._stamp()
+
+    def current(self) -> Kit:
+        """The newest kit that can be used."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            with contextlib.suppress(IdentityError, OSError):
+                self._kit = Kit.load(self._kit.folder, self._kit.identity.role)
+                self._seen = stamp
+        return self._kit
+
+    def _stamp(self) -> tuple[tuple[int, int], ...]:
+        names = ("ca.pem", "certificate.pem", "private.key")
+        with contextlib.suppress(OSError):
+            stats = [self._kit.file(name).stat() for name in names]
+            return tuple((stat.st_mtime_ns, stat.st_ino) for stat in stats)
+        return ()
 
 
 def _read(path: Path) -> bytes:

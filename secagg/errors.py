@@ -95,7 +95,11 @@ __all__ = [
     "WrongNameError",
     "WrongRoleError",
     "by_reason",
+    "reasons",
 ]
+
+RETRY_S = 0.2
+"""Seconds after which somebody is to ask again who is told nothing else."""
 
 
 class SecaggError(Exception):
@@ -331,19 +335,32 @@ class RoundError(SecaggError):
 
 
 class NotReadyError(RoundError):
-    """Not yet: the same call may succeed later."""
+    """Not yet: the same call may succeed later.
+
+    Attributes:
+        retry_s: seconds after which whoever asked is to ask again.
+    """
 
     reason = "NOT_READY"
     status = "UNAVAILABLE"
     exit_code = 75
 
+    def __init__(self, message: str, retry_s: float = RETRY_S) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
 
 class OverloadedError(RoundError):
-    """More at once than this service takes on; the same call may succeed later."""
+    """More at once than this service takes on; the same call may succeed later.
+
+    Attributes:
+        retry_s: as above.
+    """
 
     reason = "OVERLOADED"
     status = "RESOURCE_EXHAUSTED"
     exit_code = 75
+    retry_s = RETRY_S
 
 
 class ClosedError(RoundError):
@@ -400,3 +417,8 @@ def _tree(root: type[SecaggError]) -> dict[str, type[SecaggError]]:
 def by_reason(reason: str) -> type[SecaggError]:
     """The class whose ``reason`` this is; `SecaggError` for a reason this version does not know."""
     return _tree(SecaggError).get(reason, SecaggError)
+
+
+def reasons() -> list[str]:
+    """Every ``reason`` that this version knows, in alphabetical order."""
+    return sorted(_tree(SecaggError))

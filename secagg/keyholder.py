@@ -220,7 +220,7 @@ class KeyHolder:
             raise SealError("expected a sketch of an admitted upload; this one was not")
         known, sketch_digest = self._findings.get(name), sketch.digest
         if known is None:
-            passed = self._compute(_passes, plan, self._seeds[name], sketch)
+            passed = self._compute(_judge_sketch, plan, self._seeds[name], sketch)
             known = self._findings[name] = Finding(sketch_digest, bool(passed))
         if known.sketch_digest != sketch_digest:
             raise DuplicateError(
@@ -384,7 +384,7 @@ class KeyHolder:
             raise SealError("expected an admitted upload; this one was not")
         if upload_digest not in self._audited:
             seed = self._seeds[upload_digest]
-            found = self._compute(_off_grid, self.context, seed, low)
+            found = self._compute(_audit_upload, self.context, seed, low)
             self._audited[upload_digest] = bool(found)
         return self._audited[upload_digest]
 
@@ -402,7 +402,8 @@ class KeyHolder:
         return f"KeyHolder({self.context.id.task_id!r}, round {self.context.id.round_number})"
 
 
-# Module level, and free of the round key: they may run in another process.
+# Module level, and free of the round key: they may run in another process. By their names they
+# are timed.
 
 
 def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:
@@ -412,7 +413,7 @@ def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:
     )
 
 
-def _passes(plan: Plan, seed: bytes, sketch: Sketch) -> bool:
+def _judge_sketch(plan: Plan, seed: bytes, sketch: Sketch) -> bool:
     return passes(plan, secret(seed), sketch)
 
 
@@ -439,7 +440,7 @@ def _check_sum(context: RoundContext, seeds: Sequence[bytes], low: NDArray[np.ui
         )
 
 
-def _off_grid(context: RoundContext, seed: bytes, low: NDArray[np.uint32]) -> bool:
+def _audit_upload(context: RoundContext, seed: bytes, low: NDArray[np.uint32]) -> bool:
     return off_grid(context.plan, low, _masks(context.public_polynomials(), [seed]))
 
 

@@ -68,6 +68,8 @@ MAX_COHORT = 1_000_000
 MAX_SEGMENTS = 16
 MAX_TENSORS = 4096  # in all segments, so that a plan fits into one message
 MAX_VALUES = 1 << 28
+_INTEGER_BITS = 64  # of any number of a plan on the wire
+_LEAST_SHARE = 1e-6  # of a privacy cost: dividing by its root stays far from the limits of floats
 
 # log2 q that still gives 256 bits of classical security against the known lattice attacks, with
 # ternary secrets, per ring degree: Bossuat et al., "Security Guidelines for Implementing
@@ -125,6 +127,8 @@ def _check_integers(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise PlanError(f"expected an integer; got {name}={value!r}")
+        if value.bit_length() > _INTEGER_BITS:  # a file may hold one that fits into no float
+            raise PlanError(f"expected {name} of at most {_INTEGER_BITS} bits; it is larger")
 
 
 def _check_name(kind: str, name: str) -> None:
@@ -173,8 +177,8 @@ class LowRank:
 
     def __post_init__(self) -> None:
         _check_integers(rank=self.rank)
-        if self.rank < 1:
-            raise PlanError(f"expected a rank of 1 or more; got rank={self.rank}")
+        if not 1 <= self.rank <= MAX_VALUES:
+            raise PlanError(f"expected a rank of 1 to {MAX_VALUES}; got rank={self.rank}")
 
     def sent(self, tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         """What travels in place of these tensors."""
@@ -517,7 +521,7 @@ class Privacy:
             at most the plan's min_clients, and as many of its clients as are trusted to add it. 0
             leaves it to `make_plan`. In mode ``"local"`` it is 1, in mode ``"release"`` 0.
         integer_share: part of a release's cost that goes to segments of integers, if there is one
-            of floats too; between 0 and 1.
+            of floats too; 1e-6 or more, below 1.
     """
 
     mode: PrivacyMode
@@ -542,9 +546,10 @@ class Privacy:
                 "expected delta from 1e-30 to 0.1, well below one by the number of clients; got "
                 f"delta={self.delta}"
             )
-        if not 0.0 < self.integer_share < 1.0:
+        if not _LEAST_SHARE <= self.integer_share < 1.0:
             raise PlanError(
-                f"expected integer_share between 0 and 1; got integer_share={self.integer_share}"
+                f"expected integer_share between 0 and 1, {_LEAST_SHARE:g} at the least; got "
+                f"integer_share={self.integer_share}"
             )
         _check_integers(honest_clients=self.honest_clients)
         allowed = {"release": 0, "distributed": MAX_COHORT, "local": 1}[self.mode]

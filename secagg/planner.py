@@ -73,6 +73,7 @@ __all__ = [
     "explain",
     "make_plan",
     "mean_noise",
+    "noise_headroom",
     "plan_integers",
     "plan_tensors",
 ]
@@ -125,9 +126,7 @@ def make_plan(
     if threshold is not None:
         _check_threshold(segments, threshold)
     doubled = privacy is not None and privacy.apart
-    guard = _guard(max_clients << doubled, sum(segment.values for segment in segments) << doubled)
-    if norm_check is not None:
-        guard += _AUDITED_NOISE * norm_check.tolerated << doubled
+    guard = _guard_of(segments, max_clients, norm_check, privacy)
     stds = _noise_stds(segments, privacy)
     shares = stds if privacy and privacy.by_clients else [0] * len(segments)
     layouts = tuple(
@@ -253,6 +252,24 @@ def _check_weights(segments: Sequence[Segment], min_clients: int, max_clients: i
                 f"{max_clients} clients; got bits={segment.bits} for {segment.parameters} "
                 "parameters; use more bits, or equal weights"
             )
+
+
+def noise_headroom(plan: Plan, clients: int) -> float:
+    """Bits between what a plan guards against and the least that so many clients would need.
+
+    By their number alone, 0 for the largest cohort: the noise that a sum has would tell of its key.
+    """
+    least = _guard_of(plan.segments, clients, plan.norm_check, plan.privacy)
+    return math.log2(plan.layouts[0].guard / least)
+
+
+def _guard_of(
+    segments: Sequence[Segment], clients: int, check: NormCheck | None, privacy: Privacy | None
+) -> int:
+    """G of a sum over so many clients, with what the checks may let through."""
+    doubled = privacy is not None and privacy.apart
+    guard = _guard(clients << doubled, sum(segment.values for segment in segments) << doubled)
+    return guard if check is None else guard + (_AUDITED_NOISE * check.tolerated << doubled)
 
 
 def _guard(clients: int, values: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "locked", "make_folder", "remove_drafts", "write"]
+__all__ = ["flush", "locked", "make_folder", "open_to_others", "remove_drafts", "write"]
 
 _DRAFT = ".draft"
 
@@ -72,6 +72,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def open_to_others(status: os.stat_result) -> bool:
+    """Whether anybody but its owner can read or change a file of secrets.
+
+    One that root owns may be readable by its group, unless root itself asks: only an administrator
+    can have lent it, as Kubernetes lends Secrets to a pod. PostgreSQL has the same rule for
+    ``ssl_key_file``.
+    """
+    lent = status.st_uid == 0 and os.geteuid() != 0
+    return bool(status.st_mode & (0o037 if lent else 0o077))
 
 
 def flush(path: Path) -> None:

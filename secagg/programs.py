@@ -6,6 +6,7 @@ that it needs, whichever package was missed first.
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 
@@ -36,6 +37,9 @@ def client() -> None:
 
 
 def _start(package: str, extra: str) -> None:
+    # Nothing ends the first process of a container by default. Services heed it in their own way
+    # once they serve.
+    signal.signal(signal.SIGTERM, _leave)
     try:
         import_module(f"{package}.cli").app()
     except ModuleNotFoundError as error:
@@ -45,3 +49,7 @@ def _start(package: str, extra: str) -> None:
         line = f"{ConfigurationError.reason}: {missing(name, extra)}"
         print(line, file=sys.stderr)
         raise SystemExit(ConfigurationError.exit_code) from None
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)

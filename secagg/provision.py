@@ -7,6 +7,7 @@
     FOLDER/keyholder/          ca.pem  certificate.pem  private.key  enrolment.json  identity.key
     FOLDER/clients/NAME/       ca.pem  certificate.pem  private.key  signing.key  key_holder.pub
     FOLDER/operators/NAME/     ca.pem  certificate.pem  private.key
+    FOLDER/monitors/NAME/      ca.pem  certificate.pem  private.key
     FOLDER/custodians/         passphrase, or share-1.txt to share-N.txt
 
 The authority's folder stays where it is made, best offline. ``federation.json`` says everything;
@@ -37,7 +38,7 @@ __all__ = ["DEFAULT_HOSTS", "Federation"]
 DEFAULT_HOSTS = ("localhost", "127.0.0.1")
 """Where services are reached unless said otherwise: on one machine."""
 
-_FOLDERS = {Role.CLIENT: "clients", Role.OPERATOR: "operators"}
+_FOLDERS = {Role.CLIENT: "clients", Role.OPERATOR: "operators", Role.MONITOR: "monitors"}
 _PINNING = (Role.SERVER, Role.CLIENT)
 # OpenSSL reads no longer ones.
 _MAX_PASSPHRASE_BYTES = 1023
@@ -66,6 +67,7 @@ class Federation:
         key_holder_hosts: Sequence[str] = DEFAULT_HOSTS,
         clients: Sequence[str] = (),
         operators: Sequence[str] = ("admin",),
+        monitors: Sequence[str] = ("prometheus",),
         days: int = 365,
         passphrase: str | None = None,
         custodians: tuple[int, int] | None = None,
@@ -75,7 +77,7 @@ class Federation:
         Args:
             folder: where to; made if it is not there.
             server_hosts, key_holder_hosts: DNS names and IP addresses they are reached at.
-            clients, operators: their names.
+            clients, operators, monitors: their names.
             days: how long certificates are valid.
             passphrase: opens ``identity.key``; a fresh one is written to ``custodians/`` if None.
             custodians: how many of how many shares open it (``threshold, count``), in place of
@@ -93,6 +95,7 @@ class Federation:
         register.add(Role.KEY_HOLDER, KEY_HOLDER, hosts=_checked_hosts(key_holder_hosts))
         register.add(Role.CLIENT, *clients)
         register.add(Role.OPERATOR, *operators)
+        register.add(Role.MONITOR, *monitors)
         unsealing = _Unsealing.choose(passphrase, custodians)
         federation, home = cls(folder), folder / "authority"
         with _disk():
@@ -134,16 +137,21 @@ class Federation:
         """Every party by name: the server, the key holder, then the others as they joined."""
         return self._register().parties
 
+    def add_monitors(self, *names: str) -> None:
+        """Make kits for monitors, such as for a federation that began without any.
+
+        Raises:
+            ConfigurationError: not a name, or a name that is or was somebody's.
+        """
+        self._admit(Role.MONITOR, names)
+
     def enrol(self, *names: str) -> None:
         """Admit clients and make their kits.
 
         Raises:
             ConfigurationError: not a name, or a name that is or was somebody's.
         """
-        with self._change() as (register, authority):
-            register.add(Role.CLIENT, *names)
-            for name in names:
-                self._renew(register, authority, name)
+        self._admit(Role.CLIENT, names)
 
     def rotate_client(self, name: str, *, revoke_old: bool = False) -> None:
         """A new kit with a new signing key; the old key counts until :meth:`retire`.
@@ -160,6 +168,10 @@ class Federation:
     def rotate_operator(self, name: str, *, revoke_old: bool = False) -> None:
         """A new certificate for an operator; errors as for :meth:`rotate_client`."""
         self._rotate(name, Role.OPERATOR, revoke_old)
+
+    def rotate_monitor(self, name: str, *, revoke_old: bool = False) -> None:
+        """A new certificate for a monitor; errors as for :meth:`rotate_client`."""
+        self._rotate(name, Role.MONITOR, revoke_old)
 
     def rotate_server(self, *, revoke_old: bool = False) -> None:
         """A new certificate for the server."""
@@ -202,13 +214,19 @@ class Federation:
             register.end_rotation(KEY_HOLDER, Role.KEY_HOLDER)
 
     def revoke(self, name: str) -> None:
-        """Shut a client or an operator out for good, with every certificate it ever had.
+        """Shut out a client, an operator or a monitor for good, with every certificate it ever had.
 
         Raises:
             ConfigurationError: nobody has that name, or it is a service's.
         """
         with self._change() as (register, _):
             register.revoke(name)
+
+    def _admit(self, role: Role, names: Sequence[str]) -> None:
+        with self._change() as (register, authority):
+            register.add(role, *names)
+            for name in names:
+                self._renew(register, authority, name)
 
     def _rotate(self, name: str, role: Role, revoke_old: bool) -> None:
         with self._change() as (register, authority):

@@ -51,6 +51,9 @@ def init(
     operator: Annotated[
         list[str] | None, typer.Option(help="name of an operator; repeatable; else admin")
     ] = None,
+    monitor: Annotated[
+        list[str] | None, typer.Option(help="name of a monitor; repeatable; else prometheus")
+    ] = None,
     days: Annotated[
         int, typer.Option(min=1, max=AUTHORITY_DAYS, help="how long certificates are valid")
     ] = 365,
@@ -74,6 +77,7 @@ def init(
         key_holder_hosts=_with_local(key_holder_host),
         clients=[*(client or []), *(f"client-{number}" for number in range(1, clients + 1))],
         operators=operator or ("admin",),
+        monitors=monitor or ("prometheus",),
         days=days,
         passphrase=_passphrase(passphrase_file),
         custodians=shares,
@@ -82,7 +86,7 @@ def init(
     _say_kit(federation, SERVER)
     _say_key_holder(federation)
     for name, party in federation.members().items():
-        if party.role in (Role.CLIENT, Role.OPERATOR):
+        if party.role in (Role.CLIENT, Role.OPERATOR, Role.MONITOR):
             _say_kit(federation, name)
 
 
@@ -95,6 +99,20 @@ def enrol(
     """Admit new clients and make their kits."""
     federation = Federation.load(folder)
     federation.enrol(*names)
+    for name in names:
+        _say_kit(federation, name)
+    _say_lists(federation)
+
+
+@app.command("add-monitor")
+@exits_cleanly
+def add_monitor(
+    folder: FolderArgument,
+    names: Annotated[list[str], typer.Argument(help="names of the new monitors")],
+) -> None:
+    """Make kits for monitors, which may read the services' metrics and nothing else."""
+    federation = Federation.load(folder)
+    federation.add_monitors(*names)
     for name in names:
         _say_kit(federation, name)
     _say_lists(federation)
@@ -121,6 +139,18 @@ def rotate_operator(
     """Renew an operator's certificate."""
     federation = Federation.load(folder)
     federation.rotate_operator(name, revoke_old=revoke_old)
+    _say_kit(federation, name)
+    _say_lists(federation)
+
+
+@app.command("rotate-monitor")
+@exits_cleanly
+def rotate_monitor(
+    folder: FolderArgument, name: NameArgument, revoke_old: RevokeOption = False
+) -> None:
+    """Renew a monitor's certificate."""
+    federation = Federation.load(folder)
+    federation.rotate_monitor(name, revoke_old=revoke_old)
     _say_kit(federation, name)
     _say_lists(federation)
 
@@ -180,7 +210,7 @@ def retire_key_holder(folder: FolderArgument) -> None:
 @app.command()
 @exits_cleanly
 def revoke(folder: FolderArgument, name: NameArgument) -> None:
-    """Shut a client or an operator out for good, with every certificate it ever had."""
+    """Shut out a client, an operator or a monitor for good, with every certificate it ever had."""
     federation = Federation.load(folder)
     federation.revoke(name)
     _say_lists(federation)

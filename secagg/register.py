@@ -141,12 +141,12 @@ class Register:
         del party.keys[1:]
 
     def revoke(self, name: str) -> None:
-        """Shut a client or an operator out, with every certificate it ever had.
+        """Shut out a client, an operator or a monitor, with every certificate it ever had.
 
         Raises:
             ConfigurationError: there is none of that name.
         """
-        party = self.party(name, Role.CLIENT, Role.OPERATOR)
+        party = self.party(name, Role.CLIENT, Role.OPERATOR, Role.MONITOR)
         party.revoked = True
         self.revoked_certificates.update(party.certificates)
 

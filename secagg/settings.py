@@ -72,7 +72,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"expected a readable file; {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # Beside TOML's own error: an integer of thousands of digits, or as many levels.
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"expected TOML in {file}: {error}") from None
 
 

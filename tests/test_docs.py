@@ -148,7 +148,11 @@ def _run(
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SECAGG_KEYHOLDER_MONITOR_LISTEN": "off",
+        "SECAGG_SERVER_MONITOR_LISTEN": "off",
+    }
 
 
 @pytest.mark.parametrize("page", _pages_with_python())
@@ -188,16 +192,24 @@ def _is_run(block: pages.Block, page: Path) -> bool:
     return any(Path(block.title).stem in text for text in [pages.script(page), *walked, *beside])
 
 
+CARRIERS = {"docker", "kubectl", "podman"}
+
+
 def _calls(line: str) -> list[list[str]]:
     """The calls of our programs in a line of shell: their words, up to what ends a call."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.wordchars += "…$"
     calls: list[list[str]] = [[]]
+    carried = False
     for word in lexer:
         if set(word) <= set("();<>|&"):
             calls.append([])
-        elif calls[-1] or word in PROGRAMS:
+            carried = False
+        elif calls[-1] or (word in PROGRAMS and not carried):
             calls[-1].append(word)
+        else:
+            # What an engine is told are its own words, until it is told what to run.
+            carried = word in CARRIERS or (carried and word != "--")
     return [call for call in calls if call]
 
 

@@ -24,7 +24,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 TRAINING = {"torch", "pandas", "scipy", "opacus"}
 FRAMEWORKS = {"flwr", "ray", "nvflare"}
-SERVICES = {"grpc", "typer", "rich", "pydantic", "structlog", "sqlalchemy", "dp_accounting"}
+SERVING = {"sqlalchemy", "alembic", "aiohttp"}
+CALLS = {"grpc", "structlog", "rich", "prometheus_client"}
+COMMANDS = CALLS | {"typer", "pydantic"}
+SERVICES = COMMANDS | SERVING | {"dp_accounting"}
 CIPHER = {"tenseal"}
 EVERYTHING = TRAINING | FRAMEWORKS | SERVICES | CIPHER | {"matplotlib"}
 
@@ -58,9 +61,12 @@ sys.meta_path.insert(0, Blocker())
         ("secagg.planner, secagg.quantize, secagg.aggregator, secagg.release", set()),
         ("secagg.encryptor, secagg.keyholder", CIPHER),
         ("secagg.extras, secagg.programs", set()),
+        # Asked for health every few seconds, as containers are.
+        ("secagg_server.cli", COMMANDS),
+        ("secagg_keyholder.cli", COMMANDS | CIPHER),
         ("secagg_client.embedded", CIPHER | {"structlog", "rich"}),
-        ("secagg_client.session", CIPHER | {"grpc", "structlog", "rich"}),
-        ("secagg_server.embedded", CIPHER | {"grpc", "structlog", "rich"}),
+        ("secagg_client.session", CIPHER | CALLS),
+        ("secagg_server.embedded", CIPHER | CALLS),
         ("secagg_client.cli", SERVICES | CIPHER),
     ],
 )
@@ -99,7 +105,7 @@ def _line(package: str, extra: str) -> str:
         ("secagg", "rich", "plan --clients 3 --parameters 9", "cli"),
         ("secagg", "matplotlib", "demo --rounds 3", "bench"),
         ("server", "grpc", "run --insecure", "server"),
-        ("server", "sqlalchemy", "--version", "server"),
+        ("server", "sqlalchemy", "run --insecure", "server"),
         ("key_holder", "structlog", "run --insecure", "keyholder"),
         ("client", "typer", "join", "client"),
         ("client", "torch", "join --insecure --dataset marketplace", "client"),
@@ -138,6 +144,24 @@ def test_every_installed_command_starts_in_programs() -> None:
     for module, _, function in starts.values():
         assert module == "secagg.programs"
         assert function in programs.__all__
+
+
+@pytest.mark.parametrize("program", ["secagg", "server", "key_holder", "client"])
+def test_sigterm_ends_a_program_that_does_not_serve_yet(program: str) -> None:
+    """By an exit of its own: a signal's default action would not end the first process there is."""
+    package = {"key_holder": "secagg_keyholder"}.get(program, f"secagg_{program}")
+    package = "secagg" if program == "secagg" else package
+    code = f"""
+import os, signal, sys, types
+def app():
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("it went on")
+sys.modules["{package}.cli"] = types.SimpleNamespace(app=app)
+from secagg import programs
+programs.{program}()
+"""
+    done = python(code)
+    assert (done.returncode, done.stderr) == (128 + 15, "")
 
 
 # --- what an import says -------------------------------------------------------------------

@@ -168,7 +168,11 @@ def test_the_wheel_holds_the_packages_typed_and_licensed_and_nothing_else(
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
     assert {"secagg/wire/v1/round_pb2.pyi", "secagg_server/migrations/env.py"} <= names
     code = [name for name in names if not name.startswith(info)]
-    assert {Path(name).suffix for name in code} <= {".py", ".pyi", ".typed"}
+    page = {name for name in code if name.startswith("secagg_server/page/")}
+    assert {Path(name).name for name in page} == {
+        *("page.html", "page.css", "page.js", "icon.svg", "__init__.py")
+    }
+    assert {Path(name).suffix for name in {*code} - page} <= {".py", ".pyi", ".typed"}
     assert set(re.findall(r"^(\S+) = secagg\.programs:", scripts, re.MULTILINE)) == PROGRAMS
 
 
@@ -244,6 +248,8 @@ def test_the_services_run_by_the_commands_of_the_readme(full: Environment, tmp_p
         "SECAGG_KEYHOLDER_LISTEN": key_holder,
         "SECAGG_SERVER_LISTEN": client,
         "SECAGG_SERVER_ADMIN_LISTEN": admin,
+        "SECAGG_KEYHOLDER_MONITOR_LISTEN": "off",
+        "SECAGG_SERVER_MONITOR_LISTEN": "off",
         "SECAGG_SERVER_KEY_HOLDER": key_holder,
         "SECAGG_OPERATOR_ADMIN": admin,
         "SECAGG_CLIENT_SERVER": client,

@@ -32,6 +32,7 @@ class Program:
         arguments: its command line.
         log: file that receives standard output and error.
         environment: variables on top of this process's.
+        within: a command that runs another in a place of its own, in front of ours.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Program:
         arguments: Sequence[str],
         log: Path,
         environment: Mapping[str, str] | None = None,
+        *,
+        within: Sequence[str] = (),
     ) -> None:
         self.log = log
         # One thread each: the programs share the machine's few cores, and sums of floats must not
@@ -48,20 +51,20 @@ class Program:
         variables |= dict(environment or {})
         with log.open("ab") as output:
             self.process = subprocess.Popen(  # noqa: S603 - our own program, no shell
-                [sys.executable, "-m", module, *arguments],
+                [*within, sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=variables,
             )
 
-    def wait_for(self, ready: Callable[[], bool]) -> None:
+    def wait_for(self, ready: Callable[[], bool], limit_s: float = START_TIMEOUT_S) -> None:
         """Wait until the program is ready.
 
         Raises:
             UnavailableError: it ended, or took too long; the message has the end of its log.
         """
-        give_up_at = time.monotonic() + START_TIMEOUT_S
+        give_up_at = time.monotonic() + limit_s
         while not ready():
             if self.process.poll() is not None or time.monotonic() > give_up_at:
                 raise UnavailableError(
@@ -92,6 +95,7 @@ class Services:
         server, admin, key_holder: their addresses, ``host:port``.
         kits: the federation's folder, see `Federation`.
         programs: the processes.
+        monitor: address of the server's monitor, which has the operator's page.
     """
 
     server: str
@@ -99,6 +103,7 @@ class Services:
     key_holder: str
     kits: Path
     programs: tuple[Program, ...]
+    monitor: str = ""
 
     def client_kit(self, number: int) -> Path:
         """The folder of client ``number``, from 0."""
@@ -119,11 +124,16 @@ def provisioned(folder: Path, clients: int) -> Path:
     return kits
 
 
-def _start(module: str, arguments: Sequence[str], folder: Path) -> tuple[Program, dict[str, str]]:
+def _start(
+    module: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[Program, dict[str, str]]:
     ready = folder / f"{module.partition('.')[0]}.ready"
     ready.unlink(missing_ok=True)
     log = folder / f"{module.partition('.')[0]}.log"
-    program = Program(module, ["run", "--ready-file", str(ready), *arguments], log)
+    program = Program(module, ["run", "--ready-file", str(ready), *arguments], log, environment)
     try:
         program.wait_for(ready.exists)
     except UnavailableError:
@@ -134,12 +144,19 @@ def _start(module: str, arguments: Sequence[str], folder: Path) -> tuple[Program
 
 
 @contextlib.contextmanager
-def running_services(folder: Path, clients: int, *, key_holder_port: int = 0) -> Iterator[Services]:
+def running_services(
+    folder: Path,
+    clients: int,
+    *,
+    key_holder_port: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Services]:
     """A key holder and a server on free loopback ports, over mutual TLS.
 
     Args:
         folder: for kits, data and logs.
         clients: how many to enrol.
+        environment: variables on top of this process's, such as further settings.
 
     Raises:
         UnavailableError: one of them did not start.
@@ -149,13 +166,20 @@ def running_services(folder: Path, clients: int, *, key_holder_port: int = 0) ->
     with contextlib.ExitStack() as stack:
         arguments = ["--listen", f"127.0.0.1:{key_holder_port}", "--kit", str(kits / "keyholder")]
         arguments += ["--passphrase-file", str(kits / "custodians" / "passphrase")]
-        arguments += ["--state-dir", str(folder / "keyholder")]
-        key_holder, opened = _start("secagg_keyholder.cli", arguments, folder)
+        arguments += ["--state-dir", str(folder / "keyholder"), "--monitor-listen", "off"]
+        key_holder, opened = _start("secagg_keyholder.cli", arguments, folder, environment)
         stack.callback(key_holder.stop)
         arguments = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
         arguments += ["--kit", str(kits / "server"), "--data-dir", str(folder / "server")]
-        arguments += ["--key-holder", opened["listen"]]
-        server, served = _start("secagg_server.cli", arguments, folder)
+        arguments += ["--key-holder", opened["listen"], "--monitor-listen", "127.0.0.1:0"]
+        server, served = _start("secagg_server.cli", arguments, folder, environment)
         stack.callback(server.stop)
         programs = (key_holder, server)
-        yield Services(served["listen"], served["admin_listen"], opened["listen"], kits, programs)
+        yield Services(
+            served["listen"],
+            served["admin_listen"],
+            opened["listen"],
+            kits,
+            programs,
+            served["monitor_listen"],
+        )

@@ -9,6 +9,8 @@ from typing import Any
 
 from secagg_bench.demo.report import LABELS
 from secagg_bench.demo.results import METRIC_SYSTEMS
+from secagg_bench.network.report import table as network_table
+from secagg_bench.robustness import fuzzing, simulation
 
 __all__ = ["PAGES", "rendered"]
 
@@ -18,6 +20,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "recommender.md",
     ROOT / "docs" / "how-to" / "flower.md",
+    ROOT / "docs" / "robustness.md",
 )
 """What has such tables."""
 _KEYS = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
@@ -33,6 +36,9 @@ def rendered(page: str) -> str:
         "next": (_next, "sessions"),
         "next item": (_next_item, "sessions"),
         "secaggplus": (_secaggplus, "secaggplus"),
+        "network": (network_table, "network"),
+        "fuzzing": (fuzzing, "fuzz"),
+        "simulation": (simulation, "simulation"),
     }
     for name, (render, file) in blocks.items():
         before, opening, rest = page.partition(f"<!-- {name} -->\n")

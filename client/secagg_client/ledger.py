@@ -175,7 +175,7 @@ class Ledger:
         for number, line in enumerate(lines, 1):
             try:
                 self._take(found, json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise ConfigurationError(
                     f"expected a ledger of whole lines; line {number} of {self._file} is damaged; "
                     "nothing is sent; put a copy of the file in its place, or move it away, which "
@@ -255,13 +255,11 @@ class Ledger:
         except OSError as error:
             _LOG.warning("ledger_not_written", why=error.strerror)
 
-    def withdrawn(self, context: ContextId) -> bool:
-        """Whether the contribution to an attempt was withdrawn."""
-        return any(
-            (entry.round_number, entry.attempt) == (context.round_number, context.attempt)
-            and entry.fate is Fate.WITHDRAWN
-            for entry in self.entries(context.task_id)
-        )
+    def fate(self, context: ContextId) -> Fate | None:
+        """What became of the contribution to an attempt, as far as is known; None without one."""
+        number = (context.round_number, context.attempt)
+        found = (e for e in self.entries(context.task_id) if (e.round_number, e.attempt) == number)
+        return next((entry.fate for entry in found), None)
 
     def accounts(self, task: str | None = None) -> list[Account]:
         """What each task has cost, in the order in which they began.
@@ -279,11 +277,14 @@ class Ledger:
 
     def _take(self, found: dict[tuple[str, int, int], Entry], line: dict[str, Any]) -> None:
         key, fate = (line["task"], line["round"], line["attempt"]), Fate(line["fate"])
+        if [type(part) for part in key] != [str, int, int]:
+            raise TypeError("expected a task's name, a round and an attempt")
         if fate is not Fate.SENT:
             if key in found:
-                found[key] = found[key].then(fate, line["certain"])
+                found[key] = found[key].then(fate, line["certain"] is True)
             return
         new = Entry(*key, *(line[name] for name in _DETAILS))
+        _check_costs(new)
         if (known := found.get(key)) is not None:
             new = replace(new, at=known.at)
         found[key] = new
@@ -323,6 +324,19 @@ class Ledger:
 
 def _fields(plan: Plan) -> dict[str, Any] | None:
     return asdict(plan.privacy) if plan.privacy else None
+
+
+def _check_costs(entry: Entry) -> None:
+    """Refuse figures that no contribution has: a sum over them would be too small.
+
+    Raises:
+        ValueError, TypeError, KeyError: they are damaged.
+    """
+    known = [] if entry.rho is None else [entry.rho]
+    if entry.privacy is not None:
+        known += [entry.privacy["epsilon"], entry.privacy["delta"]]
+    if len(known) not in (0, 3) or not all(0 < number < math.inf for number in known):
+        raise ValueError("expected figures above 0, or none")
 
 
 def _require_same(began: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:

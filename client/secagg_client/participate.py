@@ -163,7 +163,7 @@ def participate(
         SecaggError: the data cannot be used, or the task has failed or cannot be reached.
     """
     part = Part.of(settings)
-    state = StateDir(settings.state_dir)
+    state = StateDir(settings.state_dir, settings.task)
     device: Device | None = None
     record = _Record(state, on_round)
     with ClientSession(
@@ -249,7 +249,7 @@ def _sum(update: _Tensors, rest: _Tensors) -> dict[str, NDArray[np.float32]]:
     shapes = {name: value.shape for name, value in rest.items()}
     if rest and shapes != {name: value.shape for name, value in update.items()}:
         raise DataError(
-            "expected left-overs of the tensors that this round trains, got others in the state "
-            "directory; use a directory of its own for each task"
+            "expected left-overs of the tensors that this round trains, got those of another task "
+            "of this name in the state directory; use a directory of its own for each federation"
         )
     return {name: value + rest[name] if rest else value for name, value in update.items()}

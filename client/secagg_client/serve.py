@@ -7,7 +7,6 @@ what they have, or what they are shown.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -208,7 +207,8 @@ class _ByFactors:
         )
 
     def _vector(self, own: _Ids) -> NDArray[np.float32]:
-        trained = None if self.user is None else _private_vector(self.settings, self.user)
+        state = StateDir(self.settings.state_dir, self.settings.task)
+        trained = None if self.user is None else state.user_vector(self.user)
         return (
             fit_user(self.shared, own, train_config(self.settings)) if trained is None else trained
         )
@@ -332,16 +332,6 @@ def _ids(kind: str, labels: tuple[str, ...], wanted: list[str]) -> _Ids:
             "them, or start from a cohort where there are none"
         )
     return np.array([numbers[label] for label in wanted], dtype=np.int64)
-
-
-def _private_vector(settings: ClientSettings, user: int) -> NDArray[np.float32] | None:
-    state = StateDir(settings.state_dir).latest_vectors()
-    if state is None:
-        return None
-    with np.load(io.BytesIO(state), allow_pickle=False) as saved:
-        row = np.flatnonzero(saved["users"] == user)
-        vectors: NDArray[np.float32] = saved["vectors"]
-        return vectors[row[0]] if row.size else None
 
 
 def _labelled(found: Hits, interactions: Interactions) -> list[Suggestion]:

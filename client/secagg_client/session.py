@@ -348,6 +348,8 @@ class ClientSession:
         request = pb.GetModelRequest(task_id=self._task_id, latest=True)
         first: pb.GetModelResponse = self._call(self._stub.GetModel, request)
         tensors = tensors_from_wire(first.tensors)
+        if not tensors:
+            raise MalformedError("expected a model of some tensors; the server announced none")
         pinned = pb.GetModelRequest(task_id=self._task_id, version=first.version)
         data = self._download(pinned, first, tensors)
         if model_digest(data) != first.model_digest:
@@ -465,7 +467,14 @@ class ClientSession:
             )
         if announced.state == round_pb2.UPLOAD_STATE_ACCEPTED:
             return None
-        return announced.missing_chunks
+        missing, count = announced.missing_chunks, -(-len(upload.payload) // CHUNK_BYTES)
+        # Else a server could have a client send without end.
+        if len(set(missing)) < len(missing) or any(index >= count for index in missing):
+            raise MalformedError(
+                f"expected missing chunks below {count}, each once; the server named others; "
+                "nothing more is sent"
+            )
+        return missing
 
     def _complete(self, context: RoundContext, upload: Upload, missing: Sequence[int]) -> None:
         name: dict[str, Any] = {
@@ -546,14 +555,20 @@ class ClientSession:
         if newest <= self._settled or newest == before:
             return
         self._settled = newest
+        fate = None
         try:
             kept = self._sent or (self._outbox.latest() if self._outbox else None)
             if kept is None or kept.context.plan.norm_check is None:
                 return
-            if self._ledger.withdrawn(kept.context.id):
+            fate = self._ledger.fate(kept.context.id)
+            if fate is Fate.WITHDRAWN:
                 return  # by a command, beside this session
             judgement = self._judgement(kept, _once(self._stub.GetVerdict, _verdict_of(kept)))
-        except (grpc.RpcError, RoundError) as error:
+        except (grpc.RpcError, RoundError, ContextError) as error:
+            # Of a client that has lost its disk, another upload may be there in the place of one
+            # that was never accepted: then the verdict is on that.
+            if isinstance(error, ContextError) and fate is Fate.ACCEPTED:
+                raise
             # Training goes on: a server that hides a verdict could as well be unreachable.
             why = from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
             _LOG.warning("verdict_missing", round=newest[0], attempt=newest[1], why=why.reason)

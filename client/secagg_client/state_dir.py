@@ -7,13 +7,15 @@ remembered before it, and gives the same contribution.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from secagg.archive import read_npz
+from secagg.archive import npz_of, read_npz
+from secagg.errors import InputError
 from secagg.private_files import write
 from secagg.receipts import SigningKey
 from secagg_client.config import identity_in
@@ -21,15 +23,25 @@ from secagg_client.config import identity_in
 __all__ = ["StateDir"]
 
 _KEPT_STATES = 2
+_NAMELESS = re.compile(r"(?:vectors|left-over)-(?P<round>\d+)\.npz")
 
 _Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 
 class StateDir:
-    """A folder of one client for one task."""
+    """A folder of one client; what is remembered in it is for one task.
 
-    def __init__(self, root: Path) -> None:
+    What a version before 0.2 remembered has no task's name on it. It counts for the first task that
+    goes on from it, and is removed when that has something newer.
+
+    Args:
+        root: the folder; made when there is something to keep.
+        task_id: the task.
+    """
+
+    def __init__(self, root: Path, task_id: str) -> None:
         self._root = root
+        self._task_id = task_id
 
     def identity(self) -> SigningKey:
         """The client's signing key, made at the first call."""
@@ -48,9 +60,14 @@ class StateDir:
             np.savez(buffer, **left_over)  # type: ignore[arg-type]  # names come from the plan
             write(self._left_over(round_number), buffer.getvalue())
         write(self._vectors(round_number), state)
-        for old in self._rounds()[:-_KEPT_STATES]:
+        kept = self._own_rounds()
+        for old in kept[:-_KEPT_STATES]:
             self._left_over(old).unlink(missing_ok=True)
             self._vectors(old).unlink()
+        if len(kept) >= _KEPT_STATES:
+            for path in self._root.glob("*.npz"):
+                if _NAMELESS.fullmatch(path.name):
+                    path.unlink()
 
     def before(self, round_number: int) -> tuple[bytes | None, _Tensors]:
         """What a round starts from: a learner's state, None before the first one; and left-overs.
@@ -61,22 +78,33 @@ class StateDir:
         earlier = [number for number in self._rounds() if number < round_number]
         if not earlier:
             return None, {}
-        file = self._left_over(earlier[-1])
-        return self._vectors(earlier[-1]).read_bytes(), read_npz(file) if file.exists() else {}
+        vectors, left_over = self._files(earlier[-1])
+        return vectors.read_bytes(), read_npz(left_over) if left_over.exists() else {}
 
     def latest_vectors(self) -> bytes | None:
         """The newest state of a learner; None before the first round."""
-        rounds = self._rounds()
-        return self._vectors(rounds[-1]).read_bytes() if rounds else None
+        rounds = self._own_rounds() or self._rounds()
+        return self._files(rounds[-1])[0].read_bytes() if rounds else None
 
     def user_vector(self, user: int) -> npt.NDArray[np.float32] | None:
-        """The newest vector of a user that was trained here, ``(d,)``; None where there is none."""
+        """The newest vector of a user that was trained here, ``(d,)``; None where there is none.
+
+        Raises:
+            InputError: what is remembered is damaged, or is no users' vectors.
+        """
         state = self.latest_vectors()
         if not state:
             return None
-        with np.load(io.BytesIO(state), allow_pickle=False) as saved:
-            vectors: npt.NDArray[np.float32] = saved["vectors"][saved["users"] == user]
-        return vectors[0] if len(vectors) else None
+        saved = npz_of(state, str(self._root))
+        try:
+            users, vectors = saved["users"], saved["vectors"]
+            found: npt.NDArray[np.float32] = vectors[np.flatnonzero(users == user)]
+        except (KeyError, IndexError, TypeError):
+            raise InputError(
+                f"expected users and their vectors in {self._root}; got other arrays; restore a "
+                "copy, or remove the file to train anew"
+            ) from None
+        return found[0] if len(found) else None
 
     def note_cost(self, line: str) -> None:
         """Append a line to the client's own record of costs."""
@@ -87,11 +115,29 @@ class StateDir:
             file.write(line + "\n")
 
     def _vectors(self, round_number: int) -> Path:
-        return self._root / f"vectors-{round_number}.npz"
+        return self._root / f"vectors-{self._task_id}.{round_number}.npz"
 
     def _left_over(self, round_number: int) -> Path:
-        return self._root / f"left-over-{round_number}.npz"
+        return self._root / f"left-over-{self._task_id}.{round_number}.npz"
+
+    def _files(self, round_number: int) -> tuple[Path, Path]:
+        """What is remembered of a round: its own files, or those without a task's name."""
+        own = self._vectors(round_number), self._left_over(round_number)
+        if own[0].exists():
+            return own
+        return (
+            self._root / f"vectors-{round_number}.npz",
+            self._root / f"left-over-{round_number}.npz",
+        )
 
     def _rounds(self) -> list[int]:
-        names = (path.stem.removeprefix("vectors-") for path in self._root.glob("vectors-*.npz"))
-        return sorted(int(name) for name in names)
+        nameless = [path.name for path in self._root.glob("vectors-*.npz")]
+        found = [match for match in map(_NAMELESS.fullmatch, nameless) if match]
+        return sorted({*self._own_rounds(), *(int(match["round"]) for match in found)})
+
+    def _own_rounds(self) -> list[int]:
+        prefix = f"vectors-{self._task_id}."
+        names = [path.name for path in self._root.glob("vectors-*.npz")]
+        # Not by a pattern: a task's name may look like one.
+        ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return sorted(int(end[:-4]) for end in ends if end[:-4].isdecimal())

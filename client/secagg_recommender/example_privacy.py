@@ -37,11 +37,11 @@ import numpy as np
 import numpy.typing as npt
 
 from secagg.accounting import example_level, example_level_noise
-from secagg.errors import ConfigurationError
+from secagg.archive import npz_of
+from secagg.errors import ConfigurationError, InputError
 from secagg.private_files import locked, make_folder, write
 from secagg.sampling import Stream
 from secagg_recommender.factorisation import (
-    DAMAGED,
     ITEM_BIAS,
     ITEM_FACTORS,
     LocalUpdate,
@@ -400,8 +400,7 @@ class PrivateSilo(Silo):
     def _unpacked(self, state: bytes) -> tuple[_Spent, _Outcome | None]:
         """Steps and newest update of a state of this silo."""
         try:
-            with np.load(io.BytesIO(state), allow_pickle=False) as saved:
-                arrays = {name: saved[name] for name in saved.files}
+            arrays = npz_of(state, "the state")
             steps, weakest = int(arrays["steps"]), arrays["weakest"].astype(np.float64)
             spent = _Spent(steps, float(weakest[0]), float(weakest[1]))
             outcome = None
@@ -409,7 +408,7 @@ class PrivateSilo(Silo):
                 update = self._checked({name: arrays[name] for name in (ITEM_FACTORS, ITEM_BIAS)})
                 vectors = arrays["outcome_vectors"].reshape(self._vectors.shape)
                 outcome = _Outcome(arrays["question"].tobytes(), update, vectors)
-        except (*DAMAGED, IndexError) as error:
+        except (InputError, KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(
                 "expected the state of a private silo, got something else; vectors trained "
                 "without noise would undo the protection: restore what this silo saved"

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from secagg.archive import npz_of
+from secagg.errors import InputError
 from secagg_recommender.interactions import DataError, Split
 
 __all__ = [
@@ -45,17 +45,6 @@ ITEM_BIAS: Final = "item_bias"
 SharedTensors = dict[str, npt.NDArray[np.float32]]
 """The shared half of the model, by tensor name; nothing about any user."""
 
-# What reading a damaged archive raises, a flipped bit in its flags included.
-DAMAGED: Final = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 _INIT_STD: Final = 0.1
 _NEWTON_STEPS: Final = 50
 _NEWTON_TOLERANCE: Final = 1e-9
@@ -269,10 +258,9 @@ class Silo:
         """
         advice = "restore the state that this silo saved"
         try:
-            # Without pickle, so that a state file can never run code.
-            with np.load(io.BytesIO(state), allow_pickle=False) as saved:
-                silo, users, vectors = saved["silo"], saved["users"], saved["vectors"]
-        except DAMAGED as error:
+            saved = npz_of(state, "the state")
+            silo, users, vectors = saved["silo"], saved["users"], saved["vectors"]
+        except (InputError, KeyError) as error:
             raise DataError(f"expected a saved silo state, got {error}; {advice}") from error
         if silo.shape != () or int(silo) != self.index or not np.array_equal(users, self._users):
             raise DataError(

@@ -93,7 +93,8 @@ def open_index(
     try:
         vectors = np.lib.format.open_memmap(folder / _VECTORS, "r")
         bias = np.load(folder / _BIAS, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    # Over damaged bytes numpy raises whatever reads them: Python's own tokens, for one.
+    except Exception as error:
         raise DataError(f"{damaged}: {error}") from None
     exact = ExactIndex(vectors, bias, budget_bytes=budget_bytes)
     if exact.digest != about["model"]:

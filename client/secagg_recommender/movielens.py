@@ -173,8 +173,18 @@ def _read_table(file: Path, *, sep: str, header: int | None) -> pd.DataFrame:
 
 def _named_table(file: Path) -> pd.DataFrame:
     """A table of RecBole's, which writes the type behind a column's name: ``user_id:token``."""
-    table = _read_table(file, sep="\t", header=0)
-    return table.rename(columns=lambda column: str(column).split(":")[0])
+    return _untyped(file, _read_table(file, sep="\t", header=0))
+
+
+def _untyped(file: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the bare names of its columns, each of which must be there once."""
+    table = table.rename(columns=lambda column: str(column).split(":")[0])
+    if not table.columns.is_unique:
+        raise DataError(
+            f"expected every column once, got a repeated one in the header of file={file}; repair "
+            "or replace the file"
+        )
+    return table
 
 
 def _require(file: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -190,7 +200,7 @@ def _require(file: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
 def _events_of(file: Path, table: pd.DataFrame, *, first_line: int) -> pd.DataFrame:
     """Named numeric event columns of a text table."""
     if table.columns.dtype != np.int64:
-        table = table.rename(columns=lambda column: str(column).split(":")[0])
+        table = _untyped(file, table)
     elif table.shape[1] == len(_EVENT_COLUMNS):
         table.columns = pd.Index(_EVENT_COLUMNS)
     _require(file, table, _EVENT_COLUMNS)

@@ -15,6 +15,7 @@ by its word, read, and taken out of all three parts, which leaves other cells wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,9 @@ _FEISTEL_ROUNDS: Final = 4
 # stray further from their mean.
 _CELLS_A_PAIR: Final = 1.27
 _SPARE_CELLS: Final = 96
+_SAME_CELLS_CHANCE: Final = 1 / 2000
+"""Of a table that cannot be read because two of its pairs share all three cells, at most."""
+_DENSE: Final = 1 / 4
 
 _Ints = npt.NDArray[np.int64]
 
@@ -107,9 +111,19 @@ class PairTable:
 
     @classmethod
     def for_pairs(cls, n_items: int, pairs: int) -> PairTable:
-        """A table from whose sum up to so many distinct pairs can be read."""
+        """A table from whose sum up to so many distinct pairs can be read.
+
+        Two pairs that share their cells in all three parts can never be told apart, so one table
+        in 2,000 cannot be read at worst (up to about 13,000 pairs; one in 9,000 at 50,000): that is
+        always noticed, and cured by another number of pairs.
+        """
+        every = n_items**2
+        if pairs > _DENSE * every:
+            # Bijections fill cells evenly: hardly any cell of a dense table has one pair alone.
+            return cls(n_items, every)
         cells = -(-int(_CELLS_A_PAIR * pairs) // _PARTS) + _SPARE_CELLS
-        return cls(n_items, max(cells, (n_items**2 >> (WORD_BITS - _CHECK_BITS)) + 1))
+        apart = math.ceil((pairs**2 / 2 / _SAME_CELLS_CHANCE) ** (1 / _PARTS))
+        return cls(n_items, max(cells, apart, (every >> (WORD_BITS - _CHECK_BITS)) + 1))
 
     @property
     def parts(self) -> int:
@@ -124,6 +138,8 @@ class PairTable:
     @property
     def pairs(self) -> int:
         """Distinct pairs that the sum has room for."""
+        if self.cells >= self.n_items**2:
+            return self.n_items**2
         return int((self.size - _PARTS * _SPARE_CELLS) / _CELLS_A_PAIR)
 
     def encode(self, pairs: PairCounts) -> tuple[_Ints, _Ints]:

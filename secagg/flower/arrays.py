@@ -78,16 +78,19 @@ def as_received(received: ArrayRecord, result: ArrayRecord) -> ArrayRecord:
 
     Flower's strategies turn counters into float64, and some widen floats. Arrays that the model
     did not have are left as they are.
+
+    Raises:
+        SchemaError: an array cannot be read, or holds complex numbers.
     """
-    return ArrayRecord({key: _as(received.get(key), array) for key, array in result.items()})
+    return ArrayRecord({key: _as(key, received.get(key), array) for key, array in result.items()})
 
 
-def _as(before: Array | None, after: Array) -> Array:
+def _as(key: str, before: Array | None, after: Array) -> Array:
     if before is None or before.dtype == after.dtype:
         return after
-    if not _trained(old := before.numpy()):
+    if not _trained(old := _read(key, before)):
         return before
-    return Array(np.asarray(after.numpy().astype(old.dtype)))
+    return Array(np.asarray(_read(key, after).astype(old.dtype)))
 
 
 def _trained(array: NDArray[Any]) -> bool:
@@ -108,7 +111,8 @@ def _floats(record: ArrayRecord) -> dict[str, NDArray[Any]]:
 def _read(key: str, array: Array) -> NDArray[Any]:
     try:
         found = array.numpy()
-    except (TypeError, ValueError, OSError, EOFError):
+    # Over damaged bytes numpy raises what its parts do: of zip files, of Python's own tokens.
+    except Exception:
         raise SchemaError(
             f"array {key!r}: expected one that numpy wrote; got another serialisation; use "
             "ArrayRecord(state_dict) or a list of numpy arrays"

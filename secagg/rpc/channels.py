@@ -8,16 +8,17 @@ restart.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 
 import grpc
 import grpc.aio
 
-from secagg.certificates import Kit
-from secagg.errors import ConfigurationError, IdentityError
+from secagg.certificates import Kit, KitOnDisk
+from secagg.errors import ConfigurationError
+from secagg.rpc.footprint import most_connections
 from secagg.wire.codec import MAX_MESSAGE_BYTES
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
 
 # Ciphertexts are incompressible, and the same limits hold on both sides. The keepalive stays below
 # the four idle minutes after which common load balancers cut a connection.
+_PORT = re.compile(r"[0-9]{1,5}")
 _KEEPALIVE_MS = 210_000
+_READ_BUFFER = 64 << 10
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -41,10 +44,24 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.enable_retries", 0),
 )
+# A service that was away for long, or comes back at another address, is found again within seconds:
+# gRPC's own pauses grow to two minutes, and it looks a name up twice a minute.
+_CLIENT_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+)
 # A connection that never finishes its handshake, pings without need or opens streams without end
-# is cut: each of them costs the server something.
+# is cut: each of them costs the server something. Windows do not widen with the bandwidth of a
+# connection: what nobody reads yet stays where it comes from, but for 64 KiB a stream. A message
+# that is being read is let through whole. Nor do buffers: a connection that has sent a lot would
+# keep a megabyte for what it may send next, for as long as it is open.
 _SERVER_OPTIONS = (
     *_OPTIONS,
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.experimental.tcp_max_read_buffer_size", _READ_BUFFER),
+    ("grpc.experimental.tcp_max_read_chunk_size", _READ_BUFFER),
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
@@ -72,7 +89,7 @@ def check_address(address: str, *, encrypted: bool) -> str:
         ConfigurationError: not ``host:port``; or not a loopback address, without TLS.
     """
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    if not host or not _PORT.fullmatch(port) or int(port) > 65535:
         raise ConfigurationError(f"expected an address of the form host:port; got {address!r}")
     if not encrypted and not is_loopback(address):
         raise ConfigurationError(
@@ -109,8 +126,8 @@ def channel(address: str, kit: Kit | None) -> grpc.Channel:
     """
     check_address(address, encrypted=kit is not None)
     if kit is None:
-        return grpc.insecure_channel(address, options=_OPTIONS)
-    return grpc.secure_channel(address, _client_credentials(kit), options=_OPTIONS)
+        return grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
+    return grpc.secure_channel(address, _client_credentials(kit), options=_CLIENT_OPTIONS)
 
 
 def aio_channel(address: str, kit: Kit | None) -> grpc.aio.Channel:
@@ -121,8 +138,8 @@ def aio_channel(address: str, kit: Kit | None) -> grpc.aio.Channel:
     """
     check_address(address, encrypted=kit is not None)
     if kit is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
-    return grpc.aio.secure_channel(address, _client_credentials(kit), options=_OPTIONS)
+        return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+    return grpc.aio.secure_channel(address, _client_credentials(kit), options=_CLIENT_OPTIONS)
 
 
 def _client_credentials(kit: Kit) -> grpc.ChannelCredentials:
@@ -132,8 +149,12 @@ def _client_credentials(kit: Kit) -> grpc.ChannelCredentials:
 def server(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
-    """An asyncio server without listeners."""
-    return grpc.aio.server(interceptors=list(interceptors), options=_SERVER_OPTIONS)
+    """An asyncio server without listeners.
+
+    Whoever connects beyond the connections that it has room for is cut off, and comes back.
+    """
+    room = ("grpc.max_allowed_incoming_connections", most_connections())
+    return grpc.aio.server(interceptors=list(interceptors), options=(*_SERVER_OPTIONS, room))
 
 
 def add_listener(target: grpc.aio.Server, address: str, kit: Kit | None) -> str:
@@ -162,7 +183,7 @@ class _ServerKit:
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
-        self._seen = self._stamp()
+        self._on_disk = KitOnDisk(kit)
 
     def credentials(self) -> grpc.ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(
@@ -173,22 +194,11 @@ class _ServerKit:
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """The new certificate if there is one; None goes on with the one in use."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        current = self._on_disk.current()
+        if current is self._kit:
             return None
-        # Between the replacement of one file and the next the kit does not fit together.
-        with contextlib.suppress(IdentityError, OSError):
-            self._kit = Kit.load(self._kit.folder, self._kit.identity.role)
-            self._seen = stamp
-            return _configuration(self._kit)
-        return None
-
-    def _stamp(self) -> tuple[tuple[int, int], ...]:
-        names = ("ca.pem", "certificate.pem", "private.key")
-        with contextlib.suppress(OSError):
-            stats = [self._kit.file(name).stat() for name in names]
-            return tuple((stat.st_mtime_ns, stat.st_ino) for stat in stats)
-        return ()
+        self._kit = current
+        return _configuration(current)
 
 
 def _configuration(kit: Kit) -> grpc.ServerCertificateConfiguration:

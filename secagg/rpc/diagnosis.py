@@ -81,8 +81,10 @@ def _plain(connection: socket.socket) -> IdentityError | None:
 def _shaken(
     connection: socket.socket, host: str, kit: Kit, roles: tuple[Role, ...]
 ) -> IdentityError | None:
+    seen = False
     try:
         with _context(kit).wrap_socket(connection, server_hostname=host) as tls:
+            seen = True
             shown = ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True) or b"")
             identity = identity_of(shown.encode())
             if roles and identity.role not in roles:
@@ -92,13 +94,15 @@ def _shaken(
                 raise _EndedError(_refused(kit))
     except ssl.SSLCertVerificationError as error:
         return _of_certificate(error)
-    except ssl.SSLError as error:
+    except (ssl.SSLError, ConnectionResetError) as error:
         if "WRONG_VERSION_NUMBER" in str(error) or "RECORD_LAYER" in str(error):
             return PlaintextError(
                 "expected a server that speaks TLS; this one speaks plaintext; give it a kit too"
             )
-        raise _EndedError(_refused(kit)) from None
-    except ConnectionResetError:
+        # Ours is what a server looks at last, in TLS 1.3. One that hangs up before is away behind
+        # a proxy that is not, and will be back.
+        if not seen and isinstance(error, ssl.SSLEOFError | ConnectionResetError):
+            return None
         raise _EndedError(_refused(kit)) from None
     return None
 

@@ -1,8 +1,12 @@
-"""Who may call what, and how much at once: asked before any message is looked at.
+"""Who may call what, and how much at once: asked before any message is read.
 
 An interceptor in front of every service. In this order: the wire version, the caller's certificate,
-its role, whether it has been revoked, whether there is room. The caller's identity is what its
-certificate says; `caller` gives it to the handler. Health checks are open to every certificate.
+its role, whether it has been revoked, whether there is room for it. The caller's identity is what
+its certificate says; `caller` gives it to the handler. Health checks are open to every certificate.
+
+What is refused leaves its message in the connection, where flow control holds the rest of it back;
+and a message that is let in has to arrive within the call's deadline. So memory is that of the
+calls that are let in, however many ask.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,20 +28,34 @@ import structlog
 from secagg.certificates import Identity, Role, identity_of
 from secagg.enrolment import Roster
 from secagg.errors import (
+    MalformedError,
     NoCertificateError,
     OverloadedError,
     SecaggError,
     VersionError,
     WrongRoleError,
 )
+from secagg.instruments import SILENT, Meter
 from secagg.rpc.deadlines import deadline_s
-from secagg.rpc.status import abort_with
+from secagg.rpc.metrics import (
+    CALL_LIMIT,
+    CALLS,
+    CALLS_IN_FLIGHT,
+    DEADLINE_OR_CANCELLED,
+    REFUSED_CALLS,
+)
+from secagg.rpc.status import abort_with, reason_sent
+from secagg.rpc.turns import Turns
 
 __all__ = ["VERSION_KEY", "WIRE_VERSION", "Gatekeeper", "caller", "metadata"]
 
 WIRE_VERSION = "1"
 VERSION_KEY = "secagg-wire-version"
 DEFAULT_IN_FLIGHT = 64
+AT_ONCE = 16
+"""Calls of one message that have it in memory at a time; more threads than work on them."""
+CLIENT_IN_FLIGHT = 4
+"""Calls of one client at once, of which an honest one makes one: nobody has the room of others."""
 
 _HEALTH = "grpc.health.v1.Health"
 _CALLER: ContextVar[Identity | None] = ContextVar("caller", default=None)
@@ -70,6 +89,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         encrypted: whether the listener speaks TLS; without it nobody can be told apart.
         in_flight: calls that may be worked on at once; more are told to come again.
         hashed: a name's keyed hash for the log.
+        meter: counts and times calls.
     """
 
     def __init__(
@@ -80,12 +100,18 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         encrypted: bool,
         in_flight: int = DEFAULT_IN_FLIGHT,
         hashed: Callable[[str], str] = lambda _: "-",
+        meter: Meter = SILENT,
     ) -> None:
         self._allowed = allowed
         self._roster = roster
         self._encrypted = encrypted
         self._room = in_flight
+        self._turns = Turns(AT_ONCE)
+        self._of_client: Counter[str] = Counter()
         self._hashed = hashed
+        self._meter = meter
+        meter.set(CALL_LIMIT, in_flight)
+        meter.watch(CALLS_IN_FLIGHT, lambda: in_flight - self._room)
 
     async def intercept_service(
         self,
@@ -95,8 +121,10 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         """See `grpc.aio.ServerInterceptor`."""
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
-        if handler is None or service == _HEALTH:
+        if handler is None:
             return handler
+        if service == _HEALTH:
+            return handler if handler.response_streaming else _timely(handler, method)
         sent = dict(handler_call_details.invocation_metadata or ())
         version = sent.get(VERSION_KEY)
         return self._guarded(
@@ -104,22 +132,35 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         )
 
     def _guarded(self, handler: Any, call: _Call) -> Any:  # noqa: ANN401 - as above
-        if handler.response_streaming:
-            kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            wrapped: Any = self._streaming(getattr(handler, kind), call)
-        else:
-            kind = "stream_unary" if handler.request_streaming else "unary_unary"
-            wrapped = self._answering(getattr(handler, kind), call)
-        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        asks = "stream" if handler.request_streaming else "unary"
+        answers = "stream" if handler.response_streaming else "unary"
+        inner = getattr(handler, f"{asks}_{answers}")
+        wrap = self._streaming if handler.response_streaming else self._answering
+        if not handler.request_streaming:
+            inner = (_of_one if handler.response_streaming else self._in_turn)(inner)
+        # As a stream, even where it is of one message: gRPC reads that of any other call before it
+        # asks anybody. On the wire both are the same.
+        make: Any = getattr(grpc, f"stream_{answers}_rpc_method_handler")
+        return make(wrap(inner, call), handler.request_deserializer, handler.response_serializer)
+
+    def _in_turn(self, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """A method of one message, as one of a stream."""
+
+        @functools.wraps(inner)
+        async def wrapped(requests: AsyncIterator[Any], context: _Context) -> Any:  # noqa: ANN401
+            return await self._turns.take(
+                lambda: _the_one(requests), lambda request: inner(request, context)
+            )
+
+        return wrapped
 
     def _answering(self, inner: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Any]:
         @functools.wraps(inner)
-        async def wrapped(request: object, context: _Context) -> Any:  # noqa: ANN401
+        async def wrapped(requests: AsyncIterator[Any], context: _Context) -> Any:  # noqa: ANN401
             try:
                 with self._admitted(call, context):
                     async with asyncio.timeout(_limit_s(call, context)):
-                        return await inner(request, context)
+                        return await inner(requests, context)
             except SecaggError as error:
                 await abort_with(error, context)
             except TimeoutError:
@@ -131,11 +172,11 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         self, inner: Callable[..., AsyncIterator[Any]], call: _Call
     ) -> Callable[..., AsyncIterator[Any]]:
         @functools.wraps(inner)
-        async def wrapped(request: object, context: _Context) -> AsyncIterator[Any]:
+        async def wrapped(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
             try:
                 with self._admitted(call, context):
                     async with asyncio.timeout(_limit_s(call, context)):
-                        async for message in inner(request, context):
+                        async for message in inner(requests, context):
                             yield message
             except SecaggError as error:
                 await abort_with(error, context)
@@ -146,39 +187,61 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
 
     @contextlib.contextmanager
     def _admitted(self, call: _Call, context: _Context) -> Iterator[None]:
-        """Let one call in for as long as it lasts, and leave one line about it in the log."""
+        """Let one call in for as long as it lasts; count it, and leave one line in the log."""
         started, reason, who = time.perf_counter(), "", None
         try:
             _check_version(call.version)
             who = self._identified(call, context)
-            if self._room < 1:
-                raise OverloadedError(
-                    "expected room for another call; this service has its hands full; try again "
-                    "after the delay given"
-                )
-            self._room -= 1
-            _CALLER.set(who)  # every call is an asyncio task, with a context of its own
-            try:
+            with self._in_flight(who):
+                _CALLER.set(who)  # every call is an asyncio task, with a context of its own
                 yield
-            finally:
-                self._room += 1
         except SecaggError as error:
             reason = error.reason
             raise
         except grpc.aio.AbortError:
-            reason = "REFUSED"
+            reason = reason_sent(context)
             raise
         except (TimeoutError, asyncio.CancelledError, GeneratorExit):
-            reason = "DEADLINE_OR_CANCELLED"
+            reason = DEADLINE_OR_CANCELLED
             raise
         finally:
+            seconds = time.perf_counter() - started
+            self._meter.record(CALLS, seconds, rpc_method=call.method)
+            if reason:
+                self._meter.add(REFUSED_CALLS, reason=reason)
             _LOG.debug(
                 "call",
                 method=call.method,
-                ms=round((time.perf_counter() - started) * 1000, 1),
+                ms=round(seconds * 1000, 1),
                 reason=reason or "OK",
                 caller=self._hashed(who.name) if who else "-",
             )
+
+    @contextlib.contextmanager
+    def _in_flight(self, who: Identity | None) -> Iterator[None]:
+        """A call's place, if there is one left for its caller."""
+        if self._room < 1:
+            raise OverloadedError(
+                "expected room for another call; this service has its hands full; try again after "
+                "the delay given"
+            )
+        client = who.name if who is not None and who.role is Role.CLIENT else None
+        if client is not None and self._of_client[client] >= CLIENT_IN_FLIGHT:
+            raise OverloadedError(
+                f"expected at most {CLIENT_IN_FLIGHT} calls of one client at once; got another; "
+                "try again after the delay given"
+            )
+        self._room -= 1
+        if client is not None:
+            self._of_client[client] += 1
+        try:
+            yield
+        finally:
+            self._room += 1
+            if client is not None:
+                self._of_client[client] -= 1
+                if not self._of_client[client]:
+                    del self._of_client[client]
 
     def _identified(self, call: _Call, context: _Context) -> Identity | None:
         if not self._encrypted:
@@ -199,6 +262,51 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
 
 
 _identity = functools.lru_cache(maxsize=4096)(identity_of)
+
+
+async def _the_one(requests: AsyncIterator[Any]) -> Any:  # noqa: ANN401 - a message of any kind
+    """The message of a call that has one.
+
+    Read to its end: a stream that is left in its middle keeps the message until the garbage is
+    collected.
+    """
+    request = None
+    async for each in requests:
+        if request is not None:
+            raise MalformedError("expected one message; got more")
+        request = each
+    if request is None:
+        raise MalformedError("expected one message; got none")
+    return request
+
+
+def _of_one(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """A method of one message and a stream of answers, as one of two streams."""
+
+    @functools.wraps(inner)
+    async def wrapped(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+        async for message in inner(await _the_one(requests), context):
+            yield message
+
+    return wrapped
+
+
+def _timely(handler: Any, method: str) -> Any:  # noqa: ANN401 - of any message
+    """A call that everybody may make, but not leave lying: its message too has to come in time."""
+
+    @functools.wraps(handler.unary_unary)
+    async def wrapped(requests: AsyncIterator[Any], context: _Context) -> Any:  # noqa: ANN401
+        try:
+            async with asyncio.timeout(deadline_s(method)):
+                return await handler.unary_unary(await _the_one(requests), context)
+        except SecaggError as error:
+            await abort_with(error, context)
+        except TimeoutError:
+            await _abort_late(context)
+
+    return grpc.stream_unary_rpc_method_handler(
+        wrapped, handler.request_deserializer, handler.response_serializer
+    )
 
 
 def _check_version(version: str | None) -> None:

@@ -3,15 +3,19 @@
 Health tells the truth: the service ``""`` is SERVING only while everything the program depends on
 works, and ``liveness`` as long as the program runs. SIGTERM and SIGINT stop it: health turns
 NOT_SERVING, open calls get a grace period, and the process ends with 0.
+
+Who may ask for it: whoever has a certificate, at every gRPC listener; whoever reaches the probe
+listener, where there is one, which serves health alone and in plaintext.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,16 +31,24 @@ from secagg.rpc.diagnosis import why_unreachable
 
 __all__ = [
     "LIVENESS",
+    "OFF",
     "Health",
+    "Readiness",
     "add_health",
     "check_health",
+    "check_listeners",
     "check_ready_file",
+    "probe_server",
     "serve_until_stopped",
     "write_ready_file",
 ]
 
 GRACE_S = 5.0
 LIVENESS = "liveness"
+OFF = "off"
+"""In place of an address: no such listener."""
+
+_ANY = ("0.0.0.0", "[::]")  # noqa: S104 - compared with, not bound
 _WATCH_S = 0.5
 _HEALTH_TIMEOUT_S = 5.0
 
@@ -63,6 +75,108 @@ def add_health(server: grpc.aio.Server) -> Health:
     servicer: Health = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return servicer
+
+
+class Readiness:
+    """What health says, for those who ask in other ways than by gRPC; a `Health`."""
+
+    ready = False
+
+    async def set(self, service: str, status: int) -> None:
+        """See `Health`."""
+        if not service:
+            self.ready = status == health_pb2.HealthCheckResponse.SERVING
+
+    async def enter_graceful_shutdown(self) -> None:
+        """See `Health`."""
+        self.ready = False
+
+
+class _ChecksAlone(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """Without streams, which whoever reaches a listener could open and keep."""
+
+    async def Watch(self, request: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        """See the contract."""
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "expected Check; nobody is watched for here; ask again"
+        )
+
+
+def probe_server(address: str) -> tuple[grpc.aio.Server, Health, str]:
+    """A server of the health protocol alone, in plaintext, on whatever address.
+
+    Returns:
+        The server, not started; its health; the address with the port that was really bound.
+
+    Raises:
+        ConfigurationError: the port is taken.
+    """
+    server = channels.server()
+    servicer: Health = _ChecksAlone()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"expected a free port; {address!r} cannot be bound; stop what listens there or choose "
+            "another"
+        ) from None
+    return server, servicer, f"{address.rpartition(':')[0]}:{port}"
+
+
+def check_listeners(
+    kit: Path | None,
+    listeners: Mapping[str, str],
+    *,
+    monitor_listen: str,
+    monitor_open: bool,
+    probe_listen: str,
+) -> None:
+    """Refuse addresses that a service cannot listen on, alone or together.
+
+    Args:
+        kit: None for plaintext.
+        listeners: those for gRPC, by the setting that names them.
+
+    Raises:
+        ConfigurationError: not ``host:port``; plaintext that others could reach, and nobody asked
+            for it; or one port for two.
+    """
+    for address in listeners.values():
+        channels.check_address(address, encrypted=kit is not None)
+    used = dict(listeners)
+    if monitor_listen != OFF:
+        channels.check_address(monitor_listen, encrypted=True)
+        if not (kit or monitor_open or channels.is_loopback(monitor_listen)):
+            raise ConfigurationError(
+                "expected monitor_listen on loopback, or a kit for TLS; got "
+                f"{monitor_listen!r} and no kit; listen on 127.0.0.1, or say monitor_open: then "
+                "whoever reaches it may look"
+            )
+        used["monitor_listen"] = monitor_listen
+    if monitor_open and (monitor_listen == OFF or channels.is_loopback(monitor_listen)):
+        raise ConfigurationError(
+            "expected monitor_open beside a monitor_listen that other machines can reach; got "
+            f"{monitor_listen!r}, which it does nothing for; drop it, or listen elsewhere"
+        )
+    if probe_listen != OFF:
+        used["probe_listen"] = channels.check_address(probe_listen, encrypted=True)
+    for (one, here), (other, there) in itertools.combinations(used.items(), 2):
+        if _overlap(here, there):
+            raise ConfigurationError(
+                f"expected a port of its own for each listener; {one} and {other} have the same, "
+                f"{here!r} and {there!r}; choose another for one of them"
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two addresses cannot both be listened on."""
+    (host, _, port), (other_host, _, other_port) = (
+        address.replace("localhost:", "127.0.0.1:").rpartition(":") for address in (one, other)
+    )
+    if int(port) != int(other_port) or not int(port):
+        return False
+    return host == other_host or host in _ANY or other_host in _ANY
 
 
 def check_ready_file(path: Path | None) -> None:
@@ -102,6 +216,8 @@ async def serve_until_stopped(
     announce()
     for servicer in healths:
         await servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        # Until it has been looked at.
+        await servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     watch = asyncio.create_task(_watch(healths, checks))
     await stop.wait()
     _LOG.info("stopping", pid=os.getpid())

@@ -15,8 +15,9 @@ from typing import Any, TypeVar, cast
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -29,11 +30,26 @@ from secagg.errors import (
 )
 from secagg.logs import where
 
-__all__ = ["DOMAIN", "abort_with", "from_rpc_error", "retry_delay_s", "to_status", "translated"]
+__all__ = [
+    "DOMAIN",
+    "abort_with",
+    "from_rpc_error",
+    "reason_sent",
+    "retry_delay_s",
+    "to_status",
+    "translated",
+]
 
 DOMAIN = "secagg"
 MAX_TEXT = 2000  # the text travels twice, in headers of at most 16 KiB
-_RETRY_MS = 200
+# Where bytes are not what TLS made of them, gRPC ends calls as UNKNOWN. Our services
+# never do: what is unexpected there is INTERNAL.
+_UNREACHABLE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+)
+_DETAILS_KEY = "grpc-status-details-bin"  # gRPC's own
 _LOG = structlog.get_logger(__name__)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -45,7 +61,8 @@ def to_status(error: SecaggError) -> status_pb2.Status:
     status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
     if isinstance(error, NotReadyError | OverloadedError):
-        delay = Duration(nanos=_RETRY_MS * 1_000_000)
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
 
@@ -55,10 +72,10 @@ def from_rpc_error(error: grpc.RpcError) -> SecaggError:
     status = _status(error)
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:
-        if detail.Unpack(info) and info.domain == DOMAIN:
+        if _unpacked(detail, info) and info.domain == DOMAIN:
             return by_reason(info.reason)(status.message)
     call = cast(grpc.Call, error)
-    if call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if call.code() in _UNREACHABLE:
         return UnavailableError(f"expected an answer; the other side is unreachable: {call.code()}")
     return SecaggError(f"the other side failed: {call.code()}: {call.details()}")
 
@@ -76,9 +93,17 @@ def retry_delay_s(error: grpc.RpcError) -> float | None:
     """Seconds after which the other side asks to be tried again; None when it does not ask."""
     info = error_details_pb2.RetryInfo()
     for detail in _status(error).details:
-        if detail.Unpack(info):
-            return float(info.retry_delay.ToTimedelta().total_seconds())
+        if _unpacked(detail, info):
+            return info.retry_delay.seconds + info.retry_delay.nanos / 1e9
     return None
+
+
+def _unpacked(detail: any_pb2.Any, message: Message) -> bool:
+    """Whether a detail is of this message's kind, which then holds it; garbage is of no kind."""
+    try:
+        return bool(detail.Unpack(message))
+    except DecodeError:
+        return False
 
 
 def translated(handler: _F) -> _F:
@@ -118,6 +143,20 @@ async def abort_with(error: SecaggError, context: grpc.aio.ServicerContext[Any, 
     """End a call with the status that carries this error."""
     status = rpc_status.to_status(to_status(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def reason_sent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Why a call was ended that `translated` or `abort_with` ended: the reason it was given.
+
+    ``INTERNAL`` for one that was ended without: the caller has not been told either.
+    """
+    sent: Any = context.trailing_metadata()
+    status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
+    status.ParseFromString(dict(sent or ()).get(_DETAILS_KEY, b""))
+    for detail in status.details:
+        if detail.Unpack(info):
+            return str(info.reason)
+    return SecaggError.reason
 
 
 async def _abort(

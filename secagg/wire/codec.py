@@ -64,6 +64,7 @@ __all__ = [
     "receipt_to_wire",
     "round_context_from_wire",
     "sums_from_bytes",
+    "sums_size",
     "sums_to_bytes",
     "tensors_from_wire",
     "tensors_to_wire",
@@ -535,6 +536,11 @@ def sums_to_bytes(sums: Sequence[NDArray[np.int64]]) -> bytes:
     return b"".join(np.ascontiguousarray(part, dtype="<i8").tobytes() for part in sums)
 
 
+def sums_size(plan: Plan) -> int:
+    """Bytes of what is released under a plan."""
+    return sum(layout.values for layout in plan.layouts) * _SUM_VALUE_BYTES
+
+
 def sums_from_bytes(data: bytes, plan: Plan) -> tuple[NDArray[np.int64], ...]:
     """What was released under a plan.
 
@@ -542,7 +548,7 @@ def sums_from_bytes(data: bytes, plan: Plan) -> tuple[NDArray[np.int64], ...]:
         MalformedError: not exactly the plan's values, or one beyond its planned range.
     """
     sizes = [layout.values for layout in plan.layouts]
-    flat = np.frombuffer(exact("sums", data, sum(sizes) * _SUM_VALUE_BYTES), dtype="<i8")
+    flat = np.frombuffer(exact("sums", data, sums_size(plan)), dtype="<i8")
     parts = np.split(flat.astype(np.int64), np.cumsum(sizes)[:-1])
     for most, part in zip(plan.released_abs, parts, strict=True):
         if max(int(part.max()), -int(part.min())) > most:

@@ -72,6 +72,13 @@ class Account:
             return None
         return self._budget(self.privacy).left(self.rho, self.rho_each)
 
+    @property
+    def part_left(self) -> float:
+        """The part of epsilon that was not spent, from 0 to 1; 1 for no bound."""
+        if self.privacy is None:
+            return 1.0
+        return max(0.0, 1.0 - self.epsilon / self.privacy.epsilon)
+
     @staticmethod
     def _budget(privacy: Privacy) -> Budget:
         return Budget(privacy.epsilon, privacy.delta)
@@ -146,7 +153,7 @@ def accounts(state_dir: Path) -> list[Account]:
 
     Raises:
         ConfigurationError: no ledger, or none of this version.
-        UnavailableError: it cannot be read.
+        StorageError: it cannot be read.
     """
     with closing(of_state(state_dir)) as database:
         names = [name for (name,) in database.rows("SELECT task_id FROM tasks ORDER BY rowid")]

@@ -6,7 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from secagg.errors import ConfigurationError, UnavailableError
+from secagg.errors import ConfigurationError, StorageError
 from secagg.private_files import write
 from secagg_keyholder.database import LEDGER, Database, as_error, of_state, utc_now
 
@@ -21,7 +21,7 @@ def write_backup(database: Database, target: Path) -> None:
 
     Raises:
         ConfigurationError: the file exists, or its folder does not.
-        UnavailableError: it cannot be written; no half of it is left.
+        StorageError: it cannot be written; no half of it is left.
     """
     if target.exists() or not target.parent.is_dir():
         raise ConfigurationError(
@@ -30,7 +30,7 @@ def write_backup(database: Database, target: Path) -> None:
     with database.transaction():
         database.log("backup-begun")
     with (
-        as_error(UnavailableError, target),
+        as_error(StorageError, target),
         closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
     ):
         database.copy_to(copy)

@@ -1,4 +1,7 @@
-"""The `secagg-keyholder` command."""
+"""The `secagg-keyholder` command.
+
+What only serving needs is loaded by `run` alone: containers ask for health every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from secagg.commands import OutputFormat, exits_cleanly, out, print_json, print_
 from secagg.options import with_settings
 from secagg.rpc.lifecycle import check_health
 from secagg_keyholder.accounts import Account, accounts
-from secagg_keyholder.app import run as run_key_holder
 from secagg_keyholder.backup import backup_ledger, restore_ledger
 from secagg_keyholder.config import KeyHolderSettings
 
@@ -39,8 +41,10 @@ def _main(
 @with_settings(KeyHolderSettings)
 def run(settings: KeyHolderSettings) -> None:
     """Serve until stopped. Flags win over SECAGG_KEYHOLDER_* variables, which win over the file."""
+    from secagg_keyholder.app import run as serve
+
     logs.configure(settings.log_level)
-    asyncio.run(run_key_holder(settings))
+    asyncio.run(serve(settings))
 
 
 @config_app.command()

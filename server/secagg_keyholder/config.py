@@ -15,8 +15,7 @@ from secagg.enrolment import EnrolmentFile, OpenEnrolment, Roster
 from secagg.errors import ConfigurationError
 from secagg.parameters import MAX_COHORT, MIN_COHORT
 from secagg.receipts import SigningKey
-from secagg.rpc.channels import check_address
-from secagg.rpc.lifecycle import check_ready_file
+from secagg.rpc.lifecycle import OFF, check_listeners, check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
 from secagg_keyholder.database import LEDGER
 from secagg_keyholder.database import check as check_ledger
@@ -36,6 +35,15 @@ class KeyHolderSettings(Settings):
     env_prefix: ClassVar[str] = "SECAGG_KEYHOLDER_"
 
     listen: str = Field("127.0.0.1:7402", description="host:port for the server")
+    monitor_listen: str = Field(
+        "127.0.0.1:7404", description="host:port for metrics and health, by HTTP; or off"
+    )
+    monitor_open: bool = Field(
+        False, description="monitor_listen in plaintext beyond loopback, without certificates"
+    )
+    probe_listen: str = Field(
+        OFF, description="host:port for gRPC health checks in plaintext, and nothing else; or off"
+    )
     kit: Path | None = Field(None, description="folder made by `secagg provision`; required")
     insecure: bool = Field(False, description="plaintext instead of a kit; loopback only")
     passphrase: SecretStr | None = Field(None, description="opens the identity key")
@@ -129,7 +137,13 @@ class KeyHolderSettings(Settings):
         policy = self.policy
         check_ready_file(self.ready_file)
         one_transport(self.kit, self.insecure)
-        check_address(self.listen, encrypted=self.kit is not None)
+        check_listeners(
+            self.kit,
+            {"listen": self.listen},
+            monitor_listen=self.monitor_listen,
+            monitor_open=self.monitor_open,
+            probe_listen=self.probe_listen,
+        )
         check_writable(self.state_dir, "state_dir")
         check_writable(self.round_keys, "round_key_dir")
         if self.kit is None:

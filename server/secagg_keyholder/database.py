@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple
 from datetime import UTC, datetime
@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from secagg.audit import Detail, Entry, next_entry
-from secagg.errors import ConfigurationError, SecaggError, UnavailableError
+from secagg.errors import ConfigurationError, SecaggError, StorageError
 from secagg.private_files import flush, make_folder
 from secagg_keyholder.schema import MIGRATIONS
 
-__all__ = ["LEDGER", "Database", "as_error", "check", "of_state", "utc_now"]
+__all__ = ["LEDGER", "Change", "Database", "as_error", "check", "of_state", "utc_now"]
 
 LEDGER = "ledger.sqlite3"
 """The ledger's file in a key holder's state directory."""
+
+Change = Callable[[str, Mapping[str, Detail]], None]
+"""Called with the name and the details of something that has changed."""
 
 _BUSY_SECONDS = 10.0
 
@@ -28,20 +31,27 @@ _BUSY_SECONDS = 10.0
 _SETTINGS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
 
 
+def _ignored(event: str, details: Mapping[str, Detail]) -> None:
+    """Of no interest."""
+
+
 class Database:
     """A SQLite file of this version's tables. Safe to use from several threads.
 
-    Every method raises UnavailableError when the file cannot be read or written.
+    Every method raises StorageError when the file cannot be read or written.
 
     Args:
         path: made, for its owner alone, if it is not there; brought to this version if it is older.
+        changed: told of each entry of the audit log, once it is committed.
 
     Raises:
         ConfigurationError: not a ledger, one of a newer version, or not to be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, changed: Change = _ignored) -> None:
         self._path = path
+        self._changed = changed
+        self._changes: list[tuple[str, Mapping[str, Detail]]] = []
         self._lock = threading.RLock()
         with as_error(ConfigurationError, path):
             self._connection = _connected(path)
@@ -68,14 +78,19 @@ class Database:
 
     def rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """What a query finds; what another thread has not committed yet is waited for."""
-        with self._lock, as_error(UnavailableError, self._path):
+        with self._lock, as_error(StorageError, self._path):
             return self._connection.execute(statement, values).fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make what is done within last when it ends, all of it or nothing."""
-        with self._lock, as_error(UnavailableError, self._path), self._committed():
-            yield
+        with self._lock:
+            self._changes = []
+            with as_error(StorageError, self._path), self._committed():
+                yield
+            changes = self._changes
+        for event, details in changes:
+            self._changed(event, details)
 
     @contextmanager
     def _committed(self) -> Iterator[None]:
@@ -107,19 +122,20 @@ class Database:
         last = Entry(*rows[0]) if rows else None
         entry = next_entry(last, event, details, datetime.now(UTC))
         self.change("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)", *astuple(entry))
+        self._changes.append((event, details))
 
     def ping(self) -> None:
         """Write something and forget it.
 
         Raises:
-            UnavailableError: the file cannot be written.
+            StorageError: the file cannot be written.
         """
         with self.transaction():
             self.change("INSERT OR REPLACE INTO facts VALUES ('ping', ?)", utc_now())
 
     def copy_to(self, other: sqlite3.Connection) -> None:
         """Copy everything that is committed."""
-        with self._lock, as_error(UnavailableError, self._path):
+        with self._lock, as_error(StorageError, self._path):
             self._connection.backup(other)
 
 
@@ -133,7 +149,8 @@ def as_error(kind: type[SecaggError], path: Path) -> Iterator[None]:
     """Turn what SQLite and the disk raise into an error that says what to do about the file."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    # SQLite's own words about a damaged file need not be text.
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         # Not the error's text: it may quote a statement.
         what = getattr(error, "sqlite_errorname", None) or getattr(error, "strerror", None)
         raise kind(

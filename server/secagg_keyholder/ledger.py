@@ -9,6 +9,7 @@ round keys lie elsewhere (`vault`), and seals are removed when their round ends.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from secagg.audit import Detail
 from secagg.context import NO_MODEL, ContextId, RoundContext
 from secagg.errors import ClosedError, DuplicateError
 from secagg.failpoints import failpoint
+from secagg.instruments import SILENT, Meter
 from secagg.transcript import DIGEST_BYTES
 from secagg.wire.codec import exact
 from secagg_keyholder.accounts import Account, account, admit
@@ -29,28 +31,32 @@ from secagg_keyholder.schema import (
     RoundState,
     attempt_key,
 )
+from secagg_keyholder.tally import Tally
 from secagg_keyholder.uploads import Uploads, Verdict
 
 __all__ = ["Ledger", "OpenedRound", "RecordedRelease", "RoundState", "Verdict"]
+
+_RECENT_ROUNDS = 200
 
 
 class Ledger(Uploads):
     """The key holder's memory. Safe to call from several threads.
 
-    Every method raises UnavailableError when the file cannot be read or written; then nothing has
+    Every method raises StorageError when the file cannot be read or written; then nothing has
     changed. A method that takes a context raises ClosedError when no such attempt was ever opened,
     and ContextError when it was opened with another plan, model or key.
 
     Args:
         path: the SQLite file; made, for its owner alone, if it is not there.
         audit_key: 32 bytes under which the audit log hashes clients' names.
+        meter: counts what is recorded here; see `Tally`.
 
     Raises:
         ConfigurationError: not a ledger, one of a newer version, or not to be opened.
     """
 
-    def __init__(self, path: Path, audit_key: bytes) -> None:
-        super().__init__(Database(path), audit_key)
+    def __init__(self, path: Path, audit_key: bytes, *, meter: Meter = SILENT) -> None:
+        super().__init__(Database(path, Tally(meter).changed), audit_key)
 
     def close(self) -> None:
         """Release the file."""
@@ -60,7 +66,7 @@ class Ledger(Uploads):
         """Write something and forget it.
 
         Raises:
-            UnavailableError: the ledger cannot be written.
+            StorageError: the ledger cannot be written.
         """
         self._database.ping()
 
@@ -143,6 +149,10 @@ class Ledger(Uploads):
         )
         return int(rows[0][0])
 
+    def most_attempts(self) -> int:
+        """Attempts so far of the open round that has had the most of what its model may have."""
+        return max((self._attempts(each.id) for each in self.open_rounds()), default=0)
+
     def current(self, task_id: str) -> OpenedRound | None:
         """The newest attempt of a task, whatever its state."""
         rows = self._database.rows(
@@ -154,6 +164,19 @@ class Ledger(Uploads):
         """Every open attempt: one a task at most."""
         rows = self._database.rows(ROUNDS + "WHERE state = 'OPEN' ORDER BY rowid")
         return [OpenedRound.from_row(row) for row in rows]
+
+    def recent_tasks(self, since: datetime) -> list[str]:
+        """Tasks of which a round was opened after a moment, among the newest rounds there are.
+
+        Not among all of them: somebody asks every few seconds.
+        """
+        rows = self._database.rows(
+            """SELECT DISTINCT task_id FROM rounds
+                WHERE rowid > (SELECT max(rowid) FROM rounds) - ? AND opened_at > ?""",
+            _RECENT_ROUNDS,
+            since.astimezone(UTC).isoformat(timespec="microseconds"),
+        )
+        return [task_id for (task_id,) in rows]
 
     def close_round(self, context: ContextId, reason: str) -> None:
         """End an attempt without a release and drop its seals; one that has ended stays as it is.

@@ -32,9 +32,11 @@ from secagg.errors import (
     UnavailableError,
     UploadError,
 )
+from secagg.instruments import SILENT, Meter
 from secagg.keyholder import MAX_REFUSALS, KeyHolder
 from secagg.parameters import Plan
 from secagg.receipts import SigningKey
+from secagg.rpc.metrics import OPERATIONS
 from secagg.sealing import RoundKeyPair
 from secagg.sketches import Sketch
 from secagg.transcript import digest
@@ -69,6 +71,7 @@ class Rounds:
 
     Args:
         compute: runs heavy calculations; see `KeyHolder`.
+        meter: times keys and seals; what ``compute`` runs is timed there.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Rounds:
         roster: Roster,
         policy: Policy,
         compute: Callable[..., Any] = lambda work, *arguments: work(*arguments),
+        *,
+        meter: Meter = SILENT,
     ) -> None:
         self._ledger = ledger
         self._keys = keys
@@ -86,6 +91,7 @@ class Rounds:
         self._roster = roster
         self._policy = policy
         self._compute = compute
+        self._meter = meter
         self._live: dict[str, KeyHolder] = {}
 
     def recover(self) -> None:
@@ -136,7 +142,8 @@ class Rounds:
     def _fresh(
         self, plan: Plan, task_id: str, round_number: int, attempt: int, model_digest: bytes
     ) -> RoundContext:
-        pair = RoundKeyPair()
+        with self._meter.timed(OPERATIONS, operation="make_key"):
+            pair = RoundKeyPair()
         context = RoundContext.create(
             plan,
             pair.public,
@@ -186,13 +193,14 @@ class Rounds:
         """
         holder = self._require(context)
         known = self._ledger.verdicts(context)
-        judged: dict[bytes, Verdict] = {}
+        new: dict[bytes, Admission] = {}
         for admission in admissions:
-            name = admission.receipt.upload_digest
-            if name not in known and name not in judged:
-                judged[name] = _judged(holder, admission)
-        if judged:
-            known |= self._ledger.record_verdicts(context, judged.values())
+            if admission.receipt.upload_digest not in known:
+                new.setdefault(admission.receipt.upload_digest, admission)
+        if new:
+            with self._meter.timed(OPERATIONS, operation="open_seals"):
+                judged = [_judged(holder, admission) for admission in new.values()]
+            known |= self._ledger.record_verdicts(context, judged)
         return [known[admission.receipt.upload_digest] for admission in admissions]
 
     def submit_sketch(self, context: ContextId, sketch: Sketch) -> None:

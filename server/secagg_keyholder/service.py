@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc.aio
 import structlog
@@ -46,8 +46,14 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
-        # One call at a time for each task; tasks do not wait for one another.
-        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def _one_at_a_time(self, task_id: str) -> asyncio.Lock:
+        """A task's lock, which lasts while a call holds it or waits; tasks do not wait for others.
+
+        Any name may be asked for: what is kept must not grow with the names.
+        """
+        return self._locks.setdefault(task_id, asyncio.Lock())
 
     @translated
     async def OpenRound(
@@ -56,7 +62,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         """See the contract."""
         plan = plan_from_wire(request.plan)
         model_digest = exact("model_digest", request.model_digest, DIGEST_BYTES)
-        async with self._locks[request.task_id]:
+        async with self._one_at_a_time(request.task_id):
             opened, endorsement = await asyncio.to_thread(
                 self._rounds.open,
                 plan,
@@ -84,7 +90,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
             )
         admissions = [admission_from_wire(message) for message in request.admissions]
         name = context_id_from_wire(request.context)
-        async with self._locks[name.task_id]:
+        async with self._one_at_a_time(name.task_id):
             reasons = await asyncio.to_thread(self._rounds.judge, name, admissions)
         verdicts = [
             _verdict(admission.receipt.upload_digest, reason)
@@ -99,7 +105,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         """See the contract."""
         name, upload, plan, data = await self._upload_and("sketch", request_iterator, _sketch_size)
         sketch = await asyncio.to_thread(Sketch.from_bytes, plan, upload, data)
-        async with self._locks[name.task_id]:
+        async with self._one_at_a_time(name.task_id):
             await asyncio.to_thread(self._rounds.submit_sketch, name, sketch)
         return pb.SubmitSketchResponse()
 
@@ -109,7 +115,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
     ) -> AsyncIterator[pb.GetVerdictsResponse]:
         """See the contract."""
         name = context_id_from_wire(request.context)
-        async with self._locks[name.task_id]:
+        async with self._one_at_a_time(name.task_id):
             verdicts = await asyncio.to_thread(self._rounds.verdicts, name)
         refused = sum(not verdict.accepted for verdict in verdicts)
         _LOG.info("norms_judged", round=name.round_number, uploads=len(verdicts), refused=refused)
@@ -125,8 +131,8 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         name, digests, plan, data = await self._manifest_and(
             "residues", request_iterator, lambda plan: plan.sum_blocks * BLOCK_BYTES
         )
-        residues = widen(data, plan.sum_blocks)
-        async with self._locks[name.task_id]:
+        residues = await asyncio.to_thread(widen, data, plan.sum_blocks)
+        async with self._one_at_a_time(name.task_id):
             release = await asyncio.to_thread(self._rounds.release, name, digests, residues)
         _LOG.info("round_released", round=name.round_number, contributors=release.contributors)
         for response in _pieces(release):
@@ -140,8 +146,8 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         name, digests, plan, data = await self._manifest_and(
             "low_bits", request_iterator, lambda plan: _low_size(plan.sum_blocks)
         )
-        low = low_from_bytes(plan, data, of_sum=True)
-        async with self._locks[name.task_id]:
+        low = await asyncio.to_thread(low_from_bytes, plan, data, of_sum=True)
+        async with self._one_at_a_time(name.task_id):
             await asyncio.to_thread(self._rounds.check, name, digests, low)
         return pb.CheckSumResponse()
 
@@ -185,8 +191,8 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
         name, upload, plan, data = await self._upload_and(
             "low_bits", request_iterator, lambda plan: _low_size(plan.blocks)
         )
-        low = low_from_bytes(plan, data)
-        async with self._locks[name.task_id]:
+        low = await asyncio.to_thread(low_from_bytes, plan, data)
+        async with self._one_at_a_time(name.task_id):
             reason = await asyncio.to_thread(self._rounds.audit, name, upload, low)
         return pb.AuditNoiseResponse(verdict=_verdict(upload, reason))
 
@@ -220,7 +226,7 @@ class KeyHolderService(key_holder_service_pb2_grpc.KeyHolderServiceServicer):
     ) -> pb.CloseRoundResponse:
         """See the contract."""
         name = context_id_from_wire(request.context)
-        async with self._locks[name.task_id]:
+        async with self._one_at_a_time(name.task_id):
             await asyncio.to_thread(self._rounds.close, name)
         return pb.CloseRoundResponse()
 

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
-from secagg.errors import ConfigurationError, SecaggError, UnavailableError
+from secagg.errors import ConfigurationError, SecaggError, StorageError
 from secagg.failpoints import failpoint
-from secagg.private_files import flush, make_folder, remove_drafts, write
+from secagg.private_files import flush, make_folder, open_to_others, remove_drafts, write
 from secagg.receipts import SigningKey
 from secagg.transcript import DIGEST_BYTES, encode
 from secagg.wire.codec import exact
@@ -69,16 +69,17 @@ def unsealing_passphrase(
 def _private_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
+            status = os.fstat(file.fileno())
             data = file.read(_MAX_SECRET_BYTES + 1)
         text = data.decode().strip()
     except OSError as error:
         raise ConfigurationError(f"expected a readable file; {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"expected text in {path}; it is not UTF-8") from None
-    if mode & 0o077:
+    if open_to_others(status):
         raise ConfigurationError(
-            f"expected {path} to be for its owner alone; got mode {mode:04o}; run chmod 600 on it"
+            f"expected {path} to be for its owner alone; got mode {status.st_mode & 0o777:04o}; "
+            "run chmod 600 on it"
         )
     if not text or len(data) > _MAX_SECRET_BYTES:
         raise ConfigurationError(
@@ -163,10 +164,10 @@ class RoundKeys:
         """Store a round's private key; on return it survives a power failure.
 
         Raises:
-            UnavailableError: the disk is full or fails; the key does not count as stored.
+            StorageError: the disk is full or fails; the key does not count as stored.
         """
         path, nonce = self._path(round_key_id), os.urandom(_NONCE_BYTES)
-        with _as_error(UnavailableError, self._folder):
+        with _as_error(StorageError, self._folder):
             write(path, nonce + self._cipher.encrypt(nonce, private, _bound_to(path)))
         failpoint("key-stored")
 
@@ -197,10 +198,10 @@ class RoundKeys:
         with the passphrase alone.
 
         Raises:
-            UnavailableError: the disk fails; the key may still be there.
+            StorageError: the disk fails; the key may still be there.
         """
         path = self._path(round_key_id)
-        with _as_error(UnavailableError, self._folder):
+        with _as_error(StorageError, self._folder):
             with suppress(FileNotFoundError):
                 _overwrite(path)
                 path.unlink()
@@ -211,9 +212,9 @@ class RoundKeys:
         """The ids of the rounds whose keys are here.
 
         Raises:
-            UnavailableError: the folder cannot be read.
+            StorageError: the folder cannot be read.
         """
-        with _as_error(UnavailableError, self._folder):
+        with _as_error(StorageError, self._folder):
             found = (_KEY_FILE.fullmatch(path.name) for path in self._folder.iterdir())
             return {bytes.fromhex(match[1]) for match in found if match}
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from secagg.audit import Detail, Entry, client_hash, next_entry
 from secagg.errors import StorageError
 from secagg_server.schema import AuditRow, HeartbeatRow, RoundKey
-from secagg_server.transactions import Database, reading, writing
+from secagg_server.transactions import Database, noted, reading, writing
 
 __all__ = ["AuditLog", "where"]
 
@@ -86,6 +86,7 @@ class AuditLog:
         )
         # The next entry of this transaction must see this one.
         session.flush()
+        noted(session, event, details)
 
     def _hashed(self, client: str) -> str:
         return client_hash(self._audit_key, client)

@@ -26,9 +26,12 @@ class BlobStore:
         """Bytes that are left on the disk."""
         return shutil.disk_usage(self._root).free
 
-    def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> None:
-        """Store one checked chunk of an upload."""
-        write(self._upload(context, upload_digest) / str(index), data)
+    def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> bool:
+        """Store one checked chunk of an upload; whether it was not there before."""
+        path = self._upload(context, upload_digest) / str(index)
+        new = not path.exists()
+        write(path, data)
+        return new
 
     def chunk(self, context: ContextId, upload_digest: bytes, index: int) -> bytes:
         """One chunk of an upload; FileNotFoundError when it has not been stored."""

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from secagg.challenger import Challenger
 from secagg.context import RoundContext
+from secagg.instruments import SILENT, Meter
 from secagg.noise_audit import dithered
 from secagg.parameters import Plan
 from secagg.receipts import Receipt
 from secagg.residues import ResidueSum, folded, widen
+from secagg.rpc.metrics import OPERATIONS
 from secagg.sampling import Stream
 from secagg.sketches import Sketch
 from secagg.transcript import digest
@@ -37,12 +39,20 @@ class Ciphertexts:
     Args:
         compute: runs calculations that hold the interpreter's lock; called from threads.
         secret: 32 bytes that outlive a restart, so that a second audit has the dither of the first.
+        meter: times sums; what ``compute`` runs is timed there.
     """
 
-    def __init__(self, blobs: BlobStore, compute: Callable[..., Any], secret: bytes) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        compute: Callable[..., Any],
+        secret: bytes,
+        meter: Meter = SILENT,
+    ) -> None:
         self._blobs = blobs
         self._compute = compute
         self._secret = secret
+        self._meter = meter
 
     def total(self, context: RoundContext, names: Sequence[bytes]) -> NDArray[np.uint64]:
         """The sum of these uploads, their noise added to what it hides.
@@ -50,20 +60,21 @@ class Ciphertexts:
         Returns:
             uint64 of shape (plan.sum_blocks, 4096), below q.
         """
-        parts = []
-        for index in range(context.plan.chunks):
-            running = ResidueSum(context.plan.chunk_blocks(index))
-            for name in names:
-                running.add(self._residues(context, name, index))
-            parts.append(running.value())
-        return folded(np.concatenate(parts), context.plan.sum_blocks)
+        with self._meter.timed(OPERATIONS, operation="add"):
+            parts = []
+            for index in range(context.plan.chunks):
+                running = ResidueSum(context.plan.chunk_blocks(index))
+                for name in names:
+                    running.add(self._residues(context, name, index))
+                parts.append(running.value())
+            return folded(np.concatenate(parts), context.plan.sum_blocks)
 
     def low_bits(
         self, context: RoundContext, residues: NDArray[np.uint64], *names: bytes
     ) -> NDArray[np.uint32]:
         """Low bits of what these uploads add up to; the same ones whenever they are needed."""
         key = digest("dither", self._secret, context.id.digest, *sorted(names))
-        low: NDArray[np.uint32] = self._compute(_dithered, context.plan, residues, key)
+        low: NDArray[np.uint32] = self._compute(_low_bits, context.plan, residues, key)
         return low
 
     def low_bits_of(self, context: RoundContext, name: bytes) -> NDArray[np.uint32]:
@@ -78,18 +89,21 @@ class Ciphertexts:
         Raises:
             ReceiptError: its receipt holds another commitment.
         """
-        sketch: Sketch = self._compute(_sketched, challenger, self._blobs, plan, receipt)
+        sketch: Sketch = self._compute(_sketch, challenger, self._blobs, plan, receipt)
         return sketch
 
     def _residues(self, context: RoundContext, name: bytes, index: int) -> NDArray[np.uint64]:
         return widen(self._blobs.chunk(context.id, name, index), context.plan.chunk_blocks(index))
 
 
-def _dithered(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
+# Module level: they may run in another process. By their names they are timed.
+
+
+def _low_bits(plan: Plan, residues: NDArray[np.uint64], key: bytes) -> NDArray[np.uint32]:
     return dithered(plan, residues, Stream(key))
 
 
-def _sketched(challenger: Challenger, blobs: BlobStore, plan: Plan, receipt: Receipt) -> Sketch:
+def _sketch(challenger: Challenger, blobs: BlobStore, plan: Plan, receipt: Receipt) -> Sketch:
     chunks = (
         widen(blobs.chunk(receipt.context, receipt.upload_digest, index), plan.chunk_blocks(index))
         for index in range(plan.chunks)

@@ -1,4 +1,7 @@
-"""The `secagg-server` command."""
+"""The `secagg-server` command.
+
+What only serving needs is loaded by `run` alone: containers ask for health every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from secagg.quantize import dequantize_integers, flatten
 from secagg.rpc.lifecycle import check_health
 from secagg.wire.codec import model_to_bytes, sums_from_bytes
 from secagg.wire.v1 import operator_service_pb2
-from secagg_server.app import run as run_server
 from secagg_server.config import OperatorSettings, ServerSettings
 from secagg_server.task_files import read_task
 from secagg_server.tasks import TaskSpec
@@ -54,8 +56,10 @@ def _main(
 @with_settings(ServerSettings)
 def run(settings: ServerSettings) -> None:
     """Serve until stopped. Flags win over SECAGG_SERVER_* variables, which win over the file."""
+    from secagg_server.app import run as serve
+
     logs.configure(settings.log_level)
-    asyncio.run(run_server(settings))
+    asyncio.run(serve(settings))
 
 
 @config_app.command()

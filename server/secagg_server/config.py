@@ -14,10 +14,9 @@ from secagg.enrolment import EnrolmentFile, OpenEnrolment, Roster
 from secagg.errors import ConfigurationError, MalformedError
 from secagg.parameters import MIN_COHORT
 from secagg.rpc.channels import check_address
-from secagg.rpc.lifecycle import check_ready_file
+from secagg.rpc.lifecycle import OFF, check_listeners, check_ready_file
 from secagg.settings import Settings, check_writable, dialled, one_transport
 from secagg_server.operator import Operator
-from secagg_server.store import Store
 
 __all__ = ["Opened", "OperatorSettings", "ServerSettings"]
 
@@ -30,6 +29,16 @@ class ServerSettings(Settings):
     listen: str = Field("127.0.0.1:7400", description="host:port for clients")
     admin_listen: str = Field("127.0.0.1:7401", description="host:port for operators")
     key_holder: str = Field("127.0.0.1:7402", description="host:port of the key holder")
+    monitor_listen: str = Field(
+        "127.0.0.1:7403",
+        description="host:port for metrics, health and the operator's page, by HTTP; or off",
+    )
+    monitor_open: bool = Field(
+        False, description="monitor_listen in plaintext beyond loopback, without certificates"
+    )
+    probe_listen: str = Field(
+        OFF, description="host:port for gRPC health checks in plaintext, and nothing else; or off"
+    )
     kit: Path | None = Field(None, description="folder made by `secagg provision`; required")
     insecure: bool = Field(False, description="plaintext instead of a kit; loopback only")
     data_dir: Path = Field(Path("secagg-data/server"), description="models, uploads, database")
@@ -68,9 +77,14 @@ class ServerSettings(Settings):
         """
         check_ready_file(self.ready_file)
         one_transport(self.kit, self.insecure)
-        encrypted = self.kit is not None
-        for address in (self.listen, self.admin_listen, self.key_holder):
-            check_address(address, encrypted=encrypted)
+        check_address(self.key_holder, encrypted=self.kit is not None)
+        check_listeners(
+            self.kit,
+            {"listen": self.listen, "admin_listen": self.admin_listen},
+            monitor_listen=self.monitor_listen,
+            monitor_open=self.monitor_open,
+            probe_listen=self.probe_listen,
+        )
         check_writable(self.data_dir, "data_dir")
         if self.kit is None:
             return Opened(None, OpenEnrolment())
@@ -90,6 +104,8 @@ class ServerSettings(Settings):
         Raises:
             ConfigurationError, IdentityError: see :meth:`opened`.
         """
+        from secagg_server.store import Store  # slow to load, and needed here alone
+
         self.opened()
         if self.store_url is not None or (self.data_dir / "server.sqlite3").exists():
             Store(self.database, migrate=False).close()

@@ -38,7 +38,9 @@ from secagg.errors import (
     StorageError,
 )
 from secagg.failpoints import failpoint
+from secagg.instruments import SILENT, Meter
 from secagg.logs import where
+from secagg.planner import noise_headroom
 from secagg.release import Release
 from secagg.upload import Admission
 from secagg.wire.codec import model_digest, sums_to_bytes
@@ -48,6 +50,7 @@ from secagg_server.clock import Clock
 from secagg_server.judging import check_quorum
 from secagg_server.key_holder import KeyHolderStub, ReleasedSums, patiently
 from secagg_server.learning import figure, following_clip, move_model
+from secagg_server.metrics import HEADROOM
 from secagg_server.norms import NormJudge
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.spending import loss, require_room, spent_in_full
@@ -88,6 +91,7 @@ class Coordinator:
             again after a restart has the challenge and the dither it had before; fresh ones when
             omitted.
         workers: calculations that ``compute`` runs at the same time.
+        meter: takes what the store does not know of rounds: what they compute, and their headroom.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class Coordinator:
         compute: Callable[..., Any] = here,
         secret: bytes | None = None,
         workers: int = 1,
+        *,
+        meter: Meter = SILENT,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -109,7 +115,8 @@ class Coordinator:
         self._clock = clock
         self._roster = roster
         secret = secret or os.urandom(32)
-        self._ciphertexts = Ciphertexts(blobs, compute, secret)
+        self._meter = meter
+        self._ciphertexts = Ciphertexts(blobs, compute, secret, meter)
         # While one sketch travels, the next is computed.
         at_once = max(2, workers)
         self._norms = NormJudge(store, blobs, self._ciphertexts, key_holder, secret, at_once)
@@ -253,7 +260,8 @@ class Coordinator:
             if isinstance(error, BudgetError):
                 raise
             return error
-        self._blobs.drop_uploads(row.task_id)
+        self._contexts.pop(row.task_id, None)
+        await asyncio.to_thread(self._blobs.drop_uploads, row.task_id)
         return None
 
     async def _forget(self, task_id: str) -> None:
@@ -263,10 +271,15 @@ class Coordinator:
             # A key holder that cannot be reached erases them when the next round is opened.
             with contextlib.suppress(SecaggError):
                 await self._key_holder.close_round(context)
-        self._blobs.drop_uploads(task_id)
+        await asyncio.to_thread(self._blobs.drop_uploads, task_id)
 
     async def _attempt(self, spec: TaskSpec, row: RoundRow) -> None:
         """One attempt, from wherever it stands."""
+        if row.state is not RoundState.CREATED and not row.endorsed:
+            raise RoundError(
+                "expected a round whose key is endorsed; a server of 0.1 opened this one; it is "
+                "attempted again"
+            )
         if row.state is RoundState.CREATED:
             await self._open(spec, row)
             row = self._store.round(row.key)
@@ -491,6 +504,7 @@ class Coordinator:
             figure=figure(spec, release),
             change=change,
         )
+        self._meter.record(HEADROOM, noise_headroom(release.plan, release.contributors))
         failpoint("round-finished")
         _LOG.info(
             "round_done",

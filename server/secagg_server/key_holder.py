@@ -41,6 +41,7 @@ from secagg.wire.codec import (
     plan_to_wire,
     round_context_from_wire,
     sums_from_bytes,
+    sums_size,
     verdict_from_wire,
 )
 from secagg.wire.v1 import key_holder_service_pb2 as pb
@@ -61,6 +62,7 @@ KEY_HOLDER_ATTEMPTS = 3
 JUDGE_BATCH = 256
 MANIFEST_BATCH = 16_384
 _HEALTH_TIMEOUT_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 Opened = dict[bytes, str]
 """Reason of refusal by upload digest; uploads that are not in it are accepted."""
@@ -258,7 +260,7 @@ class KeyHolderClient:
             for index in range(piece_count(len(data))):
                 yield pb.SubmitSketchRequest(sketch=piece(data, index))
 
-        await self._ask((await self._stub()).SubmitSketch, requests(), "SubmitSketch")
+        await self._ask((await self._stub()).SubmitSketch, requests, "SubmitSketch")
 
     async def verdicts(self, context: RoundContext) -> list[Verdict]:
         """The verdicts on all sketches of an attempt; not yet verified.
@@ -268,17 +270,22 @@ class KeyHolderClient:
             SecaggError: what the key holder answered, or `UnavailableError`.
         """
         request = pb.GetVerdictsRequest(context=context_id_to_wire(context.id))
-        verdicts: list[Verdict] = []
-        async for answer in self._stream((await self._stub()).GetVerdicts, request, "GetVerdicts"):
-            found = len(verdicts) + len(answer.verdicts)
-            # An empty message would keep a stream going for nothing.
-            if not answer.verdicts or found > context.plan.max_clients:
-                raise MalformedError(
-                    f"expected up to {context.plan.max_clients} verdicts, and some in each "
-                    "message; the key holder sent others"
-                )
-            verdicts += [verdict_from_wire(verdict) for verdict in answer.verdicts]
-        return verdicts
+        most = context.plan.max_clients
+
+        async def collected(answers: AsyncIterator[Any]) -> list[Verdict]:
+            verdicts: list[Verdict] = []
+            async for answer in answers:
+                # An empty message would keep a stream going for nothing.
+                if not answer.verdicts or len(verdicts) + len(answer.verdicts) > most:
+                    raise MalformedError(
+                        f"expected up to {most} verdicts, and some in each message; the key "
+                        "holder sent others"
+                    )
+                verdicts += [verdict_from_wire(verdict) for verdict in answer.verdicts]
+            return verdicts
+
+        stub = await self._stub()
+        return await self._stream(stub.GetVerdicts, lambda: request, "GetVerdicts", collected)
 
     async def check_sum(
         self, context: RoundContext, upload_digests: Sequence[bytes], low: NDArray[np.uint32]
@@ -300,7 +307,7 @@ class KeyHolderClient:
             for index in range(piece_count(len(data))):
                 yield pb.CheckSumRequest(low_bits=piece(data, index))
 
-        await self._ask((await self._stub()).CheckSum, requests(), "CheckSum")
+        await self._ask((await self._stub()).CheckSum, requests, "CheckSum")
 
     async def release(
         self, context: RoundContext, upload_digests: Sequence[bytes], residues: NDArray[np.uint64]
@@ -311,14 +318,30 @@ class KeyHolderClient:
             residues: uint64 (plan.sum_blocks, 4096), see `residues.folded`.
 
         Raises:
-            SecaggError: what the key holder answered, or `UnavailableError`.
+            MalformedError: no such sums, or more bytes than the plan's sums have.
+            SecaggError: what else the key holder answered, or `UnavailableError`.
         """
-        pieces, contributors = [], 0
-        requests = _release_requests(context, upload_digests, residues)
-        async for answer in self._stream((await self._stub()).Release, requests, "Release"):
-            pieces.append(answer.data)
-            contributors = answer.contributors
-        sums = sums_from_bytes(b"".join(pieces), context.plan)
+        size = sums_size(context.plan)
+
+        async def collected(answers: AsyncIterator[Any]) -> tuple[bytes, int]:
+            data, contributors = bytearray(), 0
+            async for answer in answers:
+                # An empty message would keep a stream going for nothing.
+                if not answer.data or len(data) + len(answer.data) > size:
+                    raise MalformedError(
+                        f"expected sums of {size} bytes in all, and some in each message; the key "
+                        "holder sent others"
+                    )
+                data += answer.data
+                contributors = answer.contributors
+            return bytes(data), contributors
+
+        def requests() -> AsyncIterator[pb.ReleaseRequest]:
+            return _release_requests(context, upload_digests, residues)
+
+        stub = await self._stub()
+        data, contributors = await self._stream(stub.Release, requests, "Release", collected)
+        sums = sums_from_bytes(data, context.plan)
         if contributors != len(upload_digests):
             raise MalformedError("expected a sum over the manifest; it is over another number")
         return ReleasedSums(sums, contributors)
@@ -341,7 +364,7 @@ class KeyHolderClient:
             for index in range(piece_count(len(data))):
                 yield pb.AuditNoiseRequest(low_bits=piece(data, index))
 
-        answer = await self._ask((await self._stub()).AuditNoise, requests(), "AuditNoise")
+        answer = await self._ask((await self._stub()).AuditNoise, requests, "AuditNoise")
         if answer.verdict.upload_digest != upload_digest:
             raise MalformedError("expected a verdict on this upload; the key holder gave another")
         if answer.verdict.state == round_pb2.VERDICT_STATE_ACCEPTED:
@@ -366,27 +389,55 @@ class KeyHolderClient:
         *,
         wait_for_ready: bool = True,
     ) -> Any:  # noqa: ANN401 - any response message
-        # Waiting for the connection lets server and key holder start, and restart, in any order.
-        try:
+        """The answer to a message, or to a stream of them, which a function makes."""
+
+        async def once(left_s: float) -> Any:  # noqa: ANN401
+            # Waiting for the connection lets server and key holder start, and restart, in any
+            # order.
             return await method(
-                request,
-                timeout=deadline_s(name),
+                request() if callable(request) else request,
+                timeout=left_s,
                 wait_for_ready=wait_for_ready,
                 metadata=metadata(),
             )
-        except grpc.RpcError as error:
-            raise await self._translated(error) from None
+
+        return await self._persistently(once, name, again=wait_for_ready)
 
     async def _stream(
-        self, method: Callable[..., Any], request: object, name: str
-    ) -> AsyncIterator[Any]:
-        try:
-            async for answer in method(
-                request, timeout=deadline_s(name), wait_for_ready=True, metadata=metadata()
-            ):
-                yield answer
-        except grpc.RpcError as error:
-            raise await self._translated(error) from None
+        self,
+        method: Callable[..., Any],
+        request: Callable[[], object],
+        name: str,
+        collected: Callable[[AsyncIterator[Any]], Awaitable[_T]],
+    ) -> _T:
+        async def once(left_s: float) -> _T:
+            return await collected(
+                method(request(), timeout=left_s, wait_for_ready=True, metadata=metadata())
+            )
+
+        return await self._persistently(once, name)
+
+    async def _persistently(
+        self, once: Callable[[float], Awaitable[_T]], name: str, *, again: bool = True
+    ) -> _T:
+        """Make a call, and make it again where its connection breaks, for as long as it may take.
+
+        Every call gives the same answer the second time. A line that comes and goes must not use up
+        the times that the key holder is asked: after those, a round is given up.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at, pause_s = loop.time() + deadline_s(name), _FIRST_PAUSE_S
+        while True:
+            try:
+                return await once(give_up_at - loop.time())
+            except grpc.RpcError as error:
+                broken = error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+                found = await self._translated(error)
+            broken = broken and type(found) is UnavailableError
+            if not (again and broken and loop.time() + pause_s < give_up_at):
+                raise found
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _translated(self, error: grpc.RpcError) -> SecaggError:
         """Why TLS refuses the connection, if it does; else what the key holder said."""

@@ -9,7 +9,7 @@ import grpc
 
 from secagg.audit import Entry
 from secagg.certificates import Kit
-from secagg.errors import UnavailableError
+from secagg.errors import MalformedError, UnavailableError
 from secagg.rpc.channels import channel
 from secagg.rpc.deadlines import deadline_s
 from secagg.rpc.diagnosis import why_unreachable
@@ -106,12 +106,15 @@ class Operator:
         """A round's exact sums as little-endian int64, and the number of contributors.
 
         Raises:
-            SecaggError: what the server answered.
+            MalformedError: the server answered with nothing.
+            SecaggError: what else the server answered.
         """
         request = pb.GetSumsRequest(task_id=task_id, round_number=round_number)
         answers = self._ask(
             lambda *args, **kwargs: list(self._stub.GetSums(*args, **kwargs)), request
         )
+        if not answers:
+            raise MalformedError("expected the sums of a round; the server sent nothing; ask again")
         return b"".join(answer.data for answer in answers), answers[0].contributors
 
     def audit(self, after: int = 0) -> Iterator[Entry]:

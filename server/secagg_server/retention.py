@@ -19,17 +19,20 @@ from secagg_server.store import Store, TaskRow
 __all__ = ["keep_tidy", "sweep"]
 
 _EVERY_S = 3600.0
+_AT_MOST_EVERY_S = 60.0
+_DAY_S = 24 * 3600.0
 _LOG = structlog.get_logger(__name__)
 
 
 async def keep_tidy(store: Store, blobs: BlobStore, clock: Clock, days: float) -> None:
-    """Sweep now, and every hour from then on."""
+    """Sweep now, and every hour from then on; more often where less than ten hours are kept."""
     never = asyncio.Event()
+    every = min(_EVERY_S, max(_AT_MOST_EVERY_S, days * _DAY_S / 10))
     while True:
         before = clock.utc() - datetime.timedelta(days=days)
         dropped = await asyncio.to_thread(sweep, store, blobs, before)
         _LOG.info("swept", receipts=dropped)
-        await clock.wait(never, clock.now() + _EVERY_S)
+        await clock.wait(never, clock.now() + every)
 
 
 def sweep(store: Store, blobs: BlobStore, before: datetime.datetime) -> int:

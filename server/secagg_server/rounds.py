@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from secagg.challenger import Challenger
 from secagg.context import ContextId, RoundContext
 from secagg.endorsement import Endorsement
-from secagg.errors import ClosedError, NotReadyError
+from secagg.errors import RETRY_S, ClosedError, NotReadyError
 from secagg_server.clock import Clock
 from secagg_server.tasks import TaskSpec
 
-__all__ = ["OpenRound", "OpenRounds"]
+__all__ = ["LONGEST_TURN_S", "TURNS_PER_S", "OpenRound", "OpenRounds", "Turns"]
+
+TURNS_PER_S = 200.0
+LONGEST_TURN_S = 5.0  # a client waits no longer, whatever it is told
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,32 @@ class OpenRound:
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class Turns:
+    """When those who are told to come back are to come: one after the other, not all at once.
+
+    A few come back soon. A thousand that wait for a round would otherwise be all that a server has
+    time for.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._last = 0.0
+
+    def next_s(self) -> float:
+        """Seconds until the next free turn."""
+        now = self._clock.now()
+        soonest, latest = now + RETRY_S, now + LONGEST_TURN_S
+        self._last = min(max(self._last + 1 / TURNS_PER_S, soonest), latest)
+        return self._last - now
+
+
 class OpenRounds:
     """At most one open round for each task."""
 
     def __init__(self, clock: Clock) -> None:
         self._open: dict[str, OpenRound] = {}
         self._clock = clock
+        self._turns = Turns(clock)
 
     def open(self, current: OpenRound) -> None:
         """Let uploads in."""
@@ -76,9 +99,15 @@ class OpenRounds:
         """
         current = self._open.get(task_id)
         if current is None or _order(current.context.id) <= after:
-            raise NotReadyError("expected an open round; the next one has not started; ask again")
+            raise NotReadyError(
+                "expected an open round; the next one has not started; ask again",
+                self._turns.next_s(),
+            )
         if current.selected is not None and client not in current.selected:
-            raise NotReadyError("expected to be drawn for this round; others were; ask again")
+            raise NotReadyError(
+                "expected to be drawn for this round; others were; ask again",
+                self._turns.next_s(),
+            )
         return current
 
     def require(self, context: ContextId) -> OpenRound:

@@ -128,6 +128,11 @@ class RoundRow(Base):
     model_change: Mapped[float | None] = mapped_column(Double)
 
     @property
+    def endorsed(self) -> bool:
+        """Whether a key holder has signed for its key; none did before version 0.2."""
+        return bool(self.round_key_signature)
+
+    @property
     def key(self) -> RoundKey:
         """Task id, round number, attempt."""
         return self.task_id, self.round_number, self.attempt

@@ -6,6 +6,7 @@ File and database work runs in threads, so that the event loop stays free.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ import structlog
 
 from secagg.enrolment import Roster
 from secagg.errors import ClosedError, ConfigurationError, MalformedError, RoundError
+from secagg.instruments import SILENT, Meter
 from secagg.parameters import MIN_COHORT
 from secagg.receipts import CLIENT_KEY_BYTES
 from secagg.rpc.gatekeeper import caller
@@ -45,6 +47,7 @@ from secagg.wire.v1 import (
 from secagg_server.blobs import BlobStore
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
+from secagg_server.metrics import BYTES_OUT
 from secagg_server.rounds import OpenRound, OpenRounds
 from secagg_server.spending import standing
 from secagg_server.states import RoundState, TaskState, UploadState
@@ -56,13 +59,18 @@ __all__ = ["AggregationService", "OperatorService"]
 
 MAX_TASKS = 200
 MAX_ROUNDS = 1000
+_DIGESTS = 256
 _LAST_SEQUENCE = (1 << 63) - 1  # that a database can number
 _LOG = structlog.get_logger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer):
-    """Rounds, models and uploads, for clients."""
+    """Rounds, models and uploads, for clients.
+
+    Args:
+        meter: counts bytes of models.
+    """
 
     def __init__(
         self,
@@ -71,13 +79,17 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
         rounds: OpenRounds,
         intake: Intake,
         verdicts: VerdictDesk,
+        *,
+        meter: Meter = SILENT,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._rounds = rounds
         self._intake = intake
         self._verdicts = verdicts
-        self._digests: dict[tuple[str, int], bytes] = {}
+        self._meter = meter
+        # A stored version never changes. Few are asked for at a time, and versions never end.
+        self._model_digest = functools.lru_cache(maxsize=_DIGESTS)(self._digest_of)
 
     @translated
     async def GetRound(
@@ -134,6 +146,7 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             raise ClosedError(
                 f"expected a model version that is still kept; {version=} is not; take a newer one"
             ) from None
+        self._meter.add(BYTES_OUT, len(data))
         return aggregation_service_pb2.GetModelResponse(
             version=version,
             model_digest=digest,
@@ -143,13 +156,8 @@ class AggregationService(aggregation_service_pb2_grpc.AggregationServiceServicer
             tensors=tensors_to_wire(segment.tensors),
         )
 
-    def _model_digest(self, task_id: str, version: int) -> bytes:
-        """A stored version never changes, so its digest is computed once."""
-        known = self._digests.get((task_id, version))
-        if known is None:
-            known = model_digest(self._blobs.model(task_id, version))
-            self._digests[task_id, version] = known
-        return known
+    def _digest_of(self, task_id: str, version: int) -> bytes:
+        return model_digest(self._blobs.model(task_id, version))
 
     @translated
     async def OpenUpload(
@@ -372,6 +380,7 @@ class OperatorService(operator_service_pb2_grpc.OperatorServiceServicer):
         rounds = self._store.rounds(self._store.task(request.task_id).task_id)
         for row in rounds:
             if row.round_number == request.round_number and row.state is RoundState.DONE:
+                _require_readable(row)
                 try:
                     return row, self._blobs.sums(request.task_id, request.round_number)
                 except FileNotFoundError:
@@ -410,6 +419,15 @@ def _commitment(current: OpenRound, client_key: bytes) -> bytes:
             "a client of this version"
         )
     return current.challenger.commitment(client_key)
+
+
+def _require_readable(row: RoundRow) -> None:
+    """Refuse sums whose signs follow from the digest that version 0.1 gave the plan."""
+    if not row.endorsed:
+        raise ClosedError(
+            "expected sums of a round since version 0.2; this one is of 0.1, whose plans had other "
+            "digests, from which the signs of its sums follow; read them with 0.1"
+        )
 
 
 async def _first_spec(

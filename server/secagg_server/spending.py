@@ -16,7 +16,7 @@ from secagg.privacy import release_rho
 from secagg_server.schema import TaskRow
 from secagg_server.tasks import TaskSpec
 
-__all__ = ["Standing", "loss", "require_room", "spent_in_full", "standing"]
+__all__ = ["Standing", "loss", "part_left", "require_room", "spent_in_full", "standing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,19 @@ def standing(spec: TaskSpec, row: TaskRow) -> Standing | None:
     budget = Budget(privacy.epsilon, privacy.delta)
     left = budget.left(row.rho_spent, loss(spec.plan_at(row.clip)))
     return Standing(budget.spent(row.rho_spent), left)
+
+
+def part_left(spec: TaskSpec, row: TaskRow) -> float:
+    """The part of a task's epsilon that is left, from 0 to 1; 1 without privacy.
+
+    Raises:
+        ConfigurationError: the extra ``privacy`` is not installed.
+    """
+    privacy = spec.plan.privacy
+    if privacy is None:
+        return 1.0
+    spent = Budget(privacy.epsilon, privacy.delta).spent(row.rho_spent)
+    return max(0.0, 1.0 - spent / privacy.epsilon)
 
 
 def require_room(spec: TaskSpec, row: TaskRow) -> None:

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
-from secagg.context import ContextId, round_key_id
+from secagg.context import ContextId, check_task_id, round_key_id
 from secagg.errors import ConfigurationError, DuplicateError
+from secagg.instruments import SILENT, Meter
 from secagg.transcript import digest
 from secagg_server import migrations
 from secagg_server.audit_log import where
 from secagg_server.schema import RoundKey, RoundRow, TaskRow
 from secagg_server.states import FINAL, RoundState, TaskState, check_transition
 from secagg_server.stopping import Outcome
+from secagg_server.tally import Tally
 from secagg_server.tasks import TaskSpec
 from secagg_server.transactions import Database, reading, writing
 from secagg_server.uploads import (
@@ -51,6 +53,7 @@ class Store(Uploads):
         audit_key: see `AuditLog`.
         migrate: bring the database to this version; otherwise it is only looked at, nothing is
             made, and it can be used if it is of this version already.
+        meter: counts what is recorded here; see `Tally`.
 
     Raises:
         ConfigurationError: a URL that names no usable database, one that does not answer, or one of
@@ -59,8 +62,15 @@ class Store(Uploads):
     Every method raises `StorageError` when the database does not do its work.
     """
 
-    def __init__(self, url: str, audit_key: bytes | None = None, *, migrate: bool = True) -> None:
-        super().__init__(Database(url), audit_key)
+    def __init__(
+        self,
+        url: str,
+        audit_key: bytes | None = None,
+        *,
+        migrate: bool = True,
+        meter: Meter = SILENT,
+    ) -> None:
+        super().__init__(Database(url, meter, Tally(meter).changed), audit_key)
         try:
             (migrations.upgrade if migrate else migrations.check)(self.database.engine)
         except BaseException:
@@ -105,6 +115,35 @@ class Store(Uploads):
             last = _require_task(session, after)
             wanted = wanted.where(order > tuple_(last.created_at, last.task_id))
         return session.scalars(wanted).all()
+
+    @reading
+    def running_tasks(self, session: Session) -> Sequence[TaskRow]:
+        """The tasks that run, oldest first."""
+        wanted = select(TaskRow).where(TaskRow.state == TaskState.RUNNING)
+        return session.scalars(wanted.order_by(TaskRow.created_at, TaskRow.task_id)).all()
+
+    @reading
+    def tasks_by_state(self, session: Session) -> dict[TaskState, int]:
+        """How many tasks are in each state."""
+        wanted = select(TaskRow.state, func.count()).group_by(TaskRow.state)
+        found = session.execute(wanted)
+        return dict.fromkeys(TaskState, 0) | {state: count for state, count in found}  # noqa: C416 - of rows, not pairs
+
+    @reading
+    def open_rounds_by_state(self, session: Session) -> dict[RoundState, int]:
+        """How many attempts of running tasks are in each state before the last.
+
+        Of those that have ended nothing is read, however many they are.
+        """
+        running = select(TaskRow.task_id).where(TaskRow.state == TaskState.RUNNING)
+        wanted = (
+            select(RoundRow.state, func.count())
+            .where(RoundRow.task_id.in_(running), RoundRow.state.not_in(FINAL))
+            .group_by(RoundRow.state)
+        )
+        found = session.execute(wanted)
+        none = {state: 0 for state in RoundState if state not in FINAL}
+        return none | {state: count for state, count in found}  # noqa: C416 - of rows, not pairs
 
     @reading
     def task(self, session: Session, task_id: str) -> TaskRow:
@@ -389,6 +428,7 @@ def _exactly(**numbers: float | None) -> dict[str, str]:
 
 
 def _require_task(session: Session, task_id: str) -> TaskRow:
+    check_task_id(task_id)  # not every database can be asked for any text
     row = session.get(TaskRow, task_id)
     if row is None:
         raise ConfigurationError(f"expected a known task; {task_id!r} is not; list the tasks")

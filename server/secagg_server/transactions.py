@@ -10,7 +10,7 @@ import functools
 import random
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -24,10 +24,13 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
+from secagg.audit import Detail
 from secagg.errors import ConfigurationError, StorageError
 from secagg.extras import missing
+from secagg.instruments import SILENT, Meter
+from secagg_server.metrics import STORE_FAILURES, TRANSACTIONS
 
-__all__ = ["Database", "HasDatabase", "reading", "writing"]
+__all__ = ["Change", "Database", "HasDatabase", "noted", "reading", "writing"]
 
 ATTEMPTS = 6
 LOCK_WAIT_MS = 2000
@@ -39,6 +42,7 @@ _DRIVERS = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 _WRITES = "secagg_writes"
+_CHANGES = "secagg_changes"
 # Serialization failure, deadlock, lock timeout, and two that took the same place at once.
 _TRANSIENT = {"40001", "40P01", "55P03", "23505"}
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -47,15 +51,27 @@ _S = TypeVar("_S", bound="HasDatabase")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+Change = Callable[[str, Mapping[str, Detail]], None]
+"""Called with the name and the details of something that has changed."""
+
+
+def _ignored(event: str, details: Mapping[str, Detail]) -> None:
+    """Of no interest."""
+
 
 class Database:
     """An engine, and the rules for its transactions.
+
+    Args:
+        meter: times transactions, and counts those that fail.
+        changed: told of each change that was `noted`, once it is committed, and once only.
 
     Raises:
         ConfigurationError: a URL that names no database this can use.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, meter: Meter = SILENT, changed: Change = _ignored) -> None:
+        self._meter, self._changed = meter, changed
         self.engine = _engine(url)
         self._readers: sessionmaker[Session] = sessionmaker(self.engine, expire_on_commit=False)
         self._writers: sessionmaker[Session] = sessionmaker(
@@ -72,7 +88,7 @@ class Database:
         Raises:
             StorageError: the database does not answer.
         """
-        return _retried(self._readers, work)
+        return self._run("read", self._readers, work)
 
     def write(self, work: Callable[[Session], _R]) -> _R:
         """Run work in one transaction, which no other writing one overlaps.
@@ -81,7 +97,39 @@ class Database:
             StorageError: the database does not answer, is locked, full or read-only. When its
                 answer was lost, the change may have been made.
         """
-        return _retried(self._writers, work)
+        return self._run("write", self._writers, work)
+
+    def _run(
+        self, access: str, sessions: sessionmaker[Session], work: Callable[[Session], _R]
+    ) -> _R:
+        with self._meter.timed(TRANSACTIONS, access=access):
+            result, changes = self._retried(sessions, work)
+        for change, details in changes:
+            self._changed(change, details)
+        return result
+
+    def _retried(
+        self, sessions: sessionmaker[Session], work: Callable[[Session], _R]
+    ) -> tuple[_R, list[tuple[str, Mapping[str, Detail]]]]:
+        """What the work returns, and what it noted when it was committed."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with sessions.begin() as session:
+                    result = work(session)
+            except (DBAPIError, TimeoutError) as error:
+                if not _is_transient(error) or attempt == ATTEMPTS - 1:
+                    self._meter.add(STORE_FAILURES)
+                    # Not the error itself: it quotes SQL and values, and values name clients.
+                    raise _translated(error) from None
+            else:
+                return result, session.info.get(_CHANGES, [])
+            _pause(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def noted(session: Session, event: str, details: Mapping[str, Detail]) -> None:
+    """Say what a transaction changes, for `Database` to tell once it is committed."""
+    session.info.setdefault(_CHANGES, []).append((event, details))
 
 
 class HasDatabase(Protocol):
@@ -115,19 +163,6 @@ def writing(
         return self.database.write(lambda session: method(self, session, *args, **kwargs))
 
     return run
-
-
-def _retried(sessions: sessionmaker[Session], work: Callable[[Session], _R]) -> _R:
-    for attempt in range(ATTEMPTS):
-        try:
-            with sessions.begin() as session:
-                return work(session)
-        except (DBAPIError, TimeoutError) as error:
-            if not _is_transient(error) or attempt == ATTEMPTS - 1:
-                # Not the error itself: it quotes SQL and values, and values name clients.
-                raise _translated(error) from None
-        _pause(attempt)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _pause(attempt: int) -> None:

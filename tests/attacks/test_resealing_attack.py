@@ -46,7 +46,7 @@ from secagg.errors import (
 from secagg.keyholder import KeyHolder
 from secagg.planner import plan_integers
 from secagg.receipts import Receipt
-from secagg.sealing import RoundKeyPair, seal
+from secagg.sealing import RoundKeyPair, seal, seal_info
 from secagg.upload import Admission, Upload
 from secagg_keyholder.rounds import Rounds
 
@@ -182,6 +182,31 @@ def test_ours_opens_no_seal_that_the_client_has_not_signed(
     names = [name_of(victim), *(fake.receipt.upload_digest for fake in fakes)]
     with pytest.raises(SealError):
         rounds.release(context.id, names, summed([victim]))
+
+
+def test_ours_opens_no_seed_of_the_servers_beside_a_clients_own_receipt(
+    rounds: Rounds, context: RoundContext
+) -> None:
+    """Receipts and names are honest; seeds and summands of all but the victim are the server's."""
+    victim, *others = (honest(context, name) for name in NAMES)
+    swapped = [
+        Admission(
+            other.admission.receipt,
+            seal(
+                named("the server's seed", name),
+                context.round_key,
+                seal_info(context.id.digest, signer(name).public, name_of(other)),
+            ),
+        )
+        for name, other in zip(NAMES[1:], others, strict=True)
+    ]
+    verdicts = rounds.judge(context.id, [victim.admission, *swapped])
+    assert verdicts == ["", *[ReceiptError.reason] * 3]
+    names = [name_of(upload) for upload in (victim, *others)]
+    with pytest.raises(SealError):
+        rounds.release(
+            context.id, names, summed([victim, *(invented(context, name) for name in NAMES[1:])])
+        )
 
 
 def test_ours_does_not_let_the_victims_receipt_stand_beside_other_ciphertexts(

@@ -85,6 +85,7 @@ from secagg_server.states import TaskState
 from secagg_server.stopping import Stop
 from secagg_server.task_files import read_task
 
+TASK = "recommender"
 ITEMS = 300  # of the generated marketplace
 
 
@@ -101,7 +102,7 @@ def _costs(settings: ClientSettings) -> list[dict[str, Any]]:
 def _device(settings: ClientSettings) -> Device:
     """A client as it comes out of a start."""
     learner = load_learner(Part.of(settings), ["update"])
-    return Device(learner, StateDir(settings.state_dir))
+    return Device(learner, StateDir(settings.state_dir, settings.task))
 
 
 class _Round:
@@ -140,7 +141,7 @@ def _projected(current: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
-    state = StateDir(tmp_path / "private")
+    state = StateDir(tmp_path / "private", TASK)
     state.identity()
     state.save(1, b"vectors", {"tensor": np.ones(2, np.float32)})
     state.note_cost("{}")
@@ -150,19 +151,19 @@ def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
 
 
 def test_identity_stays_the_same_over_restarts_and_differs_between_clients(tmp_path: Path) -> None:
-    first = StateDir(tmp_path / "a").identity().public
-    assert StateDir(tmp_path / "a").identity().public == first
-    assert StateDir(tmp_path / "b").identity().public != first
+    first = StateDir(tmp_path / "a", TASK).identity().public
+    assert StateDir(tmp_path / "a", TASK).identity().public == first
+    assert StateDir(tmp_path / "b", TASK).identity().public != first
 
 
 def test_looking_for_state_creates_nothing(tmp_path: Path) -> None:
-    assert StateDir(tmp_path / "absent").latest_vectors() is None
-    assert StateDir(tmp_path / "absent").before(3) == (None, {})
+    assert StateDir(tmp_path / "absent", TASK).latest_vectors() is None
+    assert StateDir(tmp_path / "absent", TASK).before(3) == (None, {})
     assert not (tmp_path / "absent").exists()
 
 
 def test_state_before_a_round_is_that_of_the_last_earlier_one(tmp_path: Path) -> None:
-    state = StateDir(tmp_path)
+    state = StateDir(tmp_path, TASK)
     for number in (1, 2, 9, 10):
         state.save(number, b"%d" % number)
     assert state.before(10) == (b"9", {})
@@ -191,7 +192,7 @@ def test_a_missed_round_leaves_the_private_state_as_it_was(
 ) -> None:
     settings = _settings(tmp_path)
     assert _device(settings).take_part(_Round(1, refusal)) is None  # type: ignore[arg-type]
-    assert StateDir(settings.state_dir).latest_vectors() is None
+    assert StateDir(settings.state_dir, settings.task).latest_vectors() is None
     assert not (settings.state_dir / "costs.jsonl").exists()
 
 
@@ -213,7 +214,7 @@ def test_what_compression_leaves_out_goes_into_the_next_update(tmp_path: Path) -
 
 def test_without_feedback_what_is_left_out_is_gone(tmp_path: Path) -> None:
     learner = load_learner(Part.of(_settings(tmp_path)), ["update"])
-    device = Device(learner, StateDir(tmp_path / "s"), feedback=False)
+    device = Device(learner, StateDir(tmp_path / "s", TASK), feedback=False)
     other = _device(_settings(tmp_path, state_dir=tmp_path / "whole"))
     for number in (1, 2):
         current, plain = _compressed(number), _Round(number)
@@ -249,37 +250,77 @@ def test_what_a_missed_round_left_out_is_forgotten_with_it(tmp_path: Path) -> No
     device = _device(_settings(tmp_path))
     device.take_part(_compressed(1))
     before = sorted((tmp_path / "s").iterdir())
-    assert [path.name for path in before] == ["left-over-1.npz", "vectors-1.npz"]
+    assert [path.name for path in before] == [f"left-over-{TASK}.1.npz", f"vectors-{TASK}.1.npz"]
     assert device.take_part(_compressed(2, ClosedError("late"))) is None
     assert sorted((tmp_path / "s").iterdir()) == before
 
 
+@pytest.mark.parametrize("other", ["b", "a.1", "a.", "1", "10", "*", "a.1.npz"])
+def test_what_is_remembered_for_one_task_is_nothing_to_another(tmp_path: Path, other: str) -> None:
+    """Rounds of every task begin at 1, and one that is over may have come further."""
+    first, second = StateDir(tmp_path, "a"), StateDir(tmp_path, other)
+    for number in (9, 10):
+        first.save(number, b"a%d" % number)
+    assert second.before(11) == (None, {})
+    for number in (1, 2, 3):
+        assert second.before(number)[0] == (b"b%d" % (number - 1) if number > 1 else None)
+        second.save(number, b"b%d" % number, {"tensor": np.ones(1, np.float32)})
+    assert second.latest_vectors() == b"b3"
+    assert first.before(11) == (b"a10", {})
+    assert first.before(10) == (b"a9", {})
+
+
+def test_what_an_older_version_remembered_is_gone_on_from(tmp_path: Path) -> None:
+    """It had no task's name; the first task that goes on from it replaces it."""
+    for number in (9, 10):
+        (tmp_path / f"vectors-{number}.npz").write_bytes(b"old%d" % number)
+        np.savez(tmp_path / f"left-over-{number}.npz", tensor=np.full(1, number, np.float32))
+    state = StateDir(tmp_path, TASK)
+    assert state.latest_vectors() == b"old10"
+    found, rest = state.before(11)
+    assert (found, rest["tensor"]) == (b"old10", [10.0])
+    state.save(11, b"new11")
+    assert state.before(11)[0] == b"old10"  # another attempt at it
+    state.save(12, b"new12")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"vectors-{TASK}.11.npz", f"vectors-{TASK}.12.npz",
+    ]  # fmt: skip
+    # A task that begins at 1, where what is there has come further.
+    (tmp_path / "vectors-30.npz").write_bytes(b"old30")
+    other = StateDir(tmp_path, "other")
+    assert other.before(1) == (None, {})
+    other.save(1, b"new1")
+    assert other.latest_vectors() == b"new1"
+    assert other.before(2)[0] == b"new1"
+
+
 def test_left_overs_go_with_the_vectors_of_their_round(tmp_path: Path) -> None:
-    state = StateDir(tmp_path)
+    state = StateDir(tmp_path, TASK)
     for number in (1, 2, 3):
         state.save(number, b"state", {"tensor": np.full(2, number, np.float32)})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "left-over-2.npz", "left-over-3.npz", "vectors-2.npz", "vectors-3.npz",
+        f"left-over-{TASK}.2.npz", f"left-over-{TASK}.3.npz",
+        f"vectors-{TASK}.2.npz", f"vectors-{TASK}.3.npz",
     ]  # fmt: skip
     found, rest = state.before(3)
     assert found == b"state"
     np.testing.assert_array_equal(rest["tensor"], [2, 2])
     # A crash between the two files: the round is none that is remembered.
-    (tmp_path / "vectors-3.npz").unlink()
+    (tmp_path / f"vectors-{TASK}.3.npz").unlink()
     np.testing.assert_array_equal(state.before(4)[1]["tensor"], [2, 2])
 
 
 def test_left_overs_of_another_task_are_refused(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
-    device, state = _device(settings), StateDir(settings.state_dir)
+    device, state = _device(settings), StateDir(settings.state_dir, settings.task)
     device.take_part(_compressed(1))
     vectors = state.latest_vectors()
     assert vectors is not None
     state.save(1, vectors, {"item_bias": np.zeros(7, np.float32)})
-    with pytest.raises(DataError, match="directory of its own for each task"):
+    with pytest.raises(DataError, match="directory of its own for each"):
         device.take_part(_compressed(2))
-    (settings.state_dir / "left-over-1.npz").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="left-over-1"):
+    (settings.state_dir / f"left-over-{TASK}.1.npz").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=rf"left-over-{TASK}\.1"):
         device.take_part(_compressed(2))
 
 
@@ -302,7 +343,7 @@ class _SitsOut:
 def test_a_device_that_sits_a_round_out_contributes_and_keeps_nothing(tmp_path: Path) -> None:
     learner = _SitsOut()
     current = _Round(4, AssertionError("nothing may be sent"))
-    assert Device(learner, StateDir(tmp_path)).take_part(current) is None  # type: ignore[arg-type]
+    assert Device(learner, StateDir(tmp_path, TASK)).take_part(current) is None  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
     asked = learner.assignment
     assert (asked.number, asked.rounds) == (4, 9)
@@ -319,7 +360,9 @@ def test_a_model_that_is_counted_takes_part_like_one_that_is_trained(tmp_path: P
     sent: dict[str, Any] = {}
     current.contribute = lambda made, samples: sent.update(made) or Cost(0.0, 0.0, 0.0, 1)  # type: ignore[method-assign,func-returns-value]
     learner = load_learner(Part.of(settings), ["gram"])
-    assert Device(learner, StateDir(settings.state_dir)).take_part(current) is not None  # type: ignore[arg-type]
+    assert (
+        Device(learner, StateDir(settings.state_dir, settings.task)).take_part(current) is not None
+    )  # type: ignore[arg-type]
     assert sent.keys() == {"gram"}
     assert sent["gram"].shape == (triangle,)
 
@@ -429,7 +472,7 @@ def test_repeatable_rounding_differs_between_silos_and_rounds() -> None:
 
 
 def test_repeatable_rounding_is_refused_off_loopback(tmp_path: Path) -> None:
-    identity = StateDir(tmp_path).identity()
+    identity = StateDir(tmp_path, TASK).identity()
     with pytest.raises(ConfigurationError, match="loopback"):
         ClientSession(
             "192.0.2.1:7400",
@@ -498,7 +541,12 @@ def test_silos_with_kits_take_part_until_the_task_ends(made: Site, tmp_path: Pat
     for settings in joining:
         names = {path.name for path in settings.state_dir.iterdir()}
         # The signing key is the kit's; none is made here.
-        assert names == {"costs.jsonl", "ledger.jsonl", "upload-recommender.1.1", "vectors-1.npz"}
+        assert names == {
+            "costs.jsonl",
+            "ledger.jsonl",
+            "upload-recommender.1.1",
+            "vectors-recommender.1.npz",
+        }
         assert [line["accepted"] for line in _costs(settings)] == [True]
         for path in settings.state_dir.iterdir():
             assert path.name == "costs.jsonl" or stat.S_IMODE(path.stat().st_mode) == 0o600

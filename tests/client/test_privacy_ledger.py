@@ -103,7 +103,7 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
     assert ledger.entries() == []
     assert ledger.accounts() == []
     ledger.require(context(), FREE)
-    assert not ledger.withdrawn(context().id)
+    assert ledger.fate(context().id) is not Fate.WITHDRAWN
     assert not (tmp_path / "absent").exists()
 
 
@@ -290,8 +290,8 @@ def test_what_is_withdrawn_stays_so(later: Fate) -> None:
     ledger = Ledger(None)
     noted(ledger, context(), Fate.WITHDRAWN)
     ledger.ended(context().id, later)
-    assert ledger.withdrawn(context().id)
-    assert not ledger.withdrawn(context(attempt=2).id)
+    assert ledger.fate(context().id) is Fate.WITHDRAWN
+    assert ledger.fate(context(attempt=2).id) is None
     with pytest.raises(ClosedError, match="nothing was sent"):
         ledger.sent(context())
 

@@ -21,7 +21,7 @@ from secagg.parameters import FloatSegment, NormCheck, TensorSpec
 from secagg.planner import make_plan
 
 PROGRAM = Path(__file__).parents[1] / "support" / "flower_simulation.py"
-NODES, ROUNDS = 20, 3
+NODES, ROUNDS = 20, 2
 DROPPING, POISONING = 4, 9
 BOUNDS = {"train_loss": 5.0}
 CLIP = 1.0

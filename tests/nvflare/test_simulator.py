@@ -42,7 +42,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def key_holder(folder: Path, kits: Path) -> Iterator[str]:
     """A running `secagg-keyholder`; its address."""
     ready = folder / "keyholder.ready"
-    arguments = ["run", "--listen", "127.0.0.1:0", "--kit", str(kits / "keyholder")]
+    arguments = ["run", "--listen", "127.0.0.1:0", "--monitor-listen", "off"]
+    arguments += ["--kit", str(kits / "keyholder")]
     arguments += ["--passphrase-file", str(kits / "custodians" / "passphrase")]
     arguments += ["--state-dir", str(folder / "keyholder"), "--ready-file", str(ready)]
     program = Program("secagg_keyholder.cli", arguments, folder / "keyholder.log")

@@ -201,7 +201,7 @@ def test_opendp_draws_from_the_same_law(std: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("std", [1, 3, 600, 2**33])
+@pytest.mark.parametrize("std", [3, 2**33])
 def test_opendp_draws_from_the_same_law_a_million_times(std: int) -> None:
     theirs = by_opendp(std, COUNT)
     fits(theirs, float(std) ** 2)

@@ -26,10 +26,18 @@ from secagg.parameters import (
     Layout,
     NormCheck,
     Plan,
+    Privacy,
     TensorSpec,
     check_ring,
 )
-from secagg.planner import explain, make_plan, plan_integers, plan_tensors
+from secagg.planner import (
+    PRIVATE_MARGIN,
+    explain,
+    make_plan,
+    noise_headroom,
+    plan_integers,
+    plan_tensors,
+)
 
 COHORTS = st.integers(3, MAX_COHORT)
 
@@ -132,6 +140,36 @@ def test_the_guard_covers_all_segments_together() -> None:
     alone = make_plan([small], max_clients=100_000).layouts[0].guard
     together = make_plan([small, large], max_clients=100_000).layouts
     assert together[0].guard == together[1].guard > alone
+
+
+NOISES = [
+    (None, None),
+    (NormCheck(PRIVATE_MARGIN, 8), None),
+    (None, Privacy("release", 1.0, 100.0, 1e-5)),
+    (NormCheck(PRIVATE_MARGIN, 8), Privacy("distributed", 1.0, 100.0, 1e-5)),
+]
+
+
+@pytest.mark.parametrize(("check", "privacy"), NOISES)
+@given(most=st.integers(3, 3000))
+@settings(max_examples=30, deadline=None)
+def test_the_noise_headroom_is_what_a_smaller_plan_would_not_have_guarded_against(
+    check: NormCheck | None, privacy: Privacy | None, most: int
+) -> None:
+    def plan(clients: int) -> Plan:
+        return plan_tensors(
+            100, max_clients=clients, clip=1.0, bits=4, norm_check=check, privacy=privacy
+        )
+
+    full = plan(most)
+    assert noise_headroom(full, most) == 0
+    rooms = [noise_headroom(full, clients) for clients in range(3, most + 1, max(1, most // 7))]
+    assert rooms == sorted(rooms, reverse=True)
+    assert min(rooms) >= 0
+    smaller = max(3, most // 2)
+    assert 2 ** noise_headroom(full, smaller) == pytest.approx(
+        full.layouts[0].guard / plan(smaller).layouts[0].guard
+    )
 
 
 @pytest.mark.parametrize("clients", [3, 8, 1000, MAX_COHORT])

@@ -36,6 +36,7 @@ KITS = {
     "clients/alice": Role.CLIENT,
     "clients/bob": Role.CLIENT,
     "operators/admin": Role.OPERATOR,
+    "monitors/prometheus": Role.MONITOR,
 }
 
 
@@ -89,7 +90,8 @@ def certificate_serial(federation: Federation, name: str) -> int:
 def test_every_kit_loads_and_they_share_one_authority(federation: Federation) -> None:
     kits = [Kit.load(federation.folder / path, role) for path, role in KITS.items()]
     assert len({kit.ca for kit in kits}) == 1
-    assert [kit.identity.name for kit in kits] == ["server", "key-holder", "alice", "bob", "admin"]
+    names = ["server", "key-holder", "alice", "bob", "admin", "prometheus"]
+    assert [kit.identity.name for kit in kits] == names
 
 
 def test_every_kit_has_its_files_and_no_other(federation: Federation) -> None:
@@ -101,6 +103,7 @@ def test_every_kit_has_its_files_and_no_other(federation: Federation) -> None:
         "clients/alice": tls | {"signing.key", "key_holder.pub"},
         "clients/bob": tls | {"signing.key", "key_holder.pub"},
         "operators/admin": tls,
+        "monitors/prometheus": tls,
         "custodians": {"passphrase"},
     }
     found: dict[str, set[str]] = {}
@@ -142,7 +145,7 @@ def test_a_permissive_umask_changes_nothing(folder: Path) -> None:
 def test_no_private_key_is_in_two_kits(federation: Federation) -> None:
     names = ("private.key", "signing.key", "identity.key", "ca.key", "passphrase")
     secrets = [data for path, data in snapshot(federation.folder).items() if path.endswith(names)]
-    assert len(set(secrets)) == len(secrets) == 10
+    assert len(set(secrets)) == len(secrets) == 11
     everything = b"".join(snapshot(federation.folder).values())
     assert all(everything.count(secret) == 1 for secret in secrets)
 
@@ -287,11 +290,12 @@ def test_a_clients_old_key_counts_until_it_is_retired(federation: Federation) ->
     Kit.load(federation.kit("alice"), Role.CLIENT)
 
 
-@pytest.mark.parametrize("name", ["alice", "admin", "server", "key-holder"])
+@pytest.mark.parametrize("name", ["alice", "admin", "prometheus", "server", "key-holder"])
 def test_replaced_certificates_are_revoked_when_told(federation: Federation, name: str) -> None:
     rotate = {
         "alice": lambda: federation.rotate_client("alice", revoke_old=True),
         "admin": lambda: federation.rotate_operator("admin", revoke_old=True),
+        "prometheus": lambda: federation.rotate_monitor("prometheus", revoke_old=True),
         "server": lambda: federation.rotate_server(revoke_old=True),
         "key-holder": lambda: federation.rotate_key_holder(revoke_old=True),
     }
@@ -381,12 +385,30 @@ def test_revoking_twice_is_revoking(federation: Federation) -> None:
     assert federation.members()["alice"].state == "revoked"
 
 
-def test_an_operator_is_revoked_by_its_certificates(federation: Federation) -> None:
-    federation.revoke("admin")
-    with pytest.raises(RevokedError):
-        enrolment(federation).check_certificate(certificate_serial(federation, "admin"))
-    with pytest.raises(ConfigurationError, match="revoked for good"):
-        federation.rotate_operator("admin")
+def test_an_operator_and_a_monitor_are_revoked_by_their_certificates(
+    federation: Federation,
+) -> None:
+    for name, rotate in (
+        ("admin", federation.rotate_operator),
+        ("prometheus", federation.rotate_monitor),
+    ):
+        federation.revoke(name)
+        with pytest.raises(RevokedError):
+            enrolment(federation).check_certificate(certificate_serial(federation, name))
+        with pytest.raises(ConfigurationError, match="revoked for good"):
+            rotate(name)
+
+
+def test_a_federation_without_monitors_gets_one_later(folder: Path) -> None:
+    federation = Federation.create(folder, clients=["alice"], monitors=[])
+    assert not (folder / "monitors").exists()
+    later = Federation.load(folder)
+    later.add_monitors("prometheus")
+    assert Kit.load(later.kit("prometheus"), Role.MONITOR).identity.name == "prometheus"
+    # A monitor is nobody who contributes.
+    assert enrolment(federation).active() == ["alice"]
+    with pytest.raises(NotEnrolledError):
+        enrolment(federation).require("prometheus")
 
 
 def test_parties_that_are_not_there_are_refused(federation: Federation) -> None:
@@ -396,6 +418,8 @@ def test_parties_that_are_not_there_are_refused(federation: Federation) -> None:
         lambda: federation.rotate_client("admin"),
         lambda: federation.rotate_client("server"),
         lambda: federation.rotate_operator("alice"),
+        lambda: federation.rotate_operator("prometheus"),
+        lambda: federation.rotate_monitor("admin"),
         lambda: federation.retire("carol"),
         lambda: federation.retire("key-holder"),
         lambda: federation.revoke("carol"),
@@ -430,7 +454,9 @@ def test_a_federation_comes_back_from_its_folder(federation: Federation) -> None
 
 
 def test_members_says_who_holds_what(folder: Path) -> None:
-    federation = Federation.create(folder, clients=["alice"], days=30, operators=["root", "ops"])
+    federation = Federation.create(
+        folder, clients=["alice"], days=30, operators=["root", "ops"], monitors=["graphs"]
+    )
     members = federation.members()
     assert {name: (party.role, len(party.keys)) for name, party in members.items()} == {
         "server": (Role.SERVER, 0),
@@ -438,6 +464,7 @@ def test_members_says_who_holds_what(folder: Path) -> None:
         "alice": (Role.CLIENT, 1),
         "root": (Role.OPERATOR, 0),
         "ops": (Role.OPERATOR, 0),
+        "graphs": (Role.MONITOR, 0),
     }
     for name, party in members.items():
         Kit.load(federation.kit(name), party.role, now=party.expires)
@@ -618,11 +645,13 @@ def test_the_command_makes_what_was_asked_for(folder: Path) -> None:
     result = run(
         *("init", folder, "--server-host", "secagg.example.org", "--key-holder-host", "192.0.2.7"),
         *("--client", "alice", "--clients", 2, "--operator", "ops", "--days", 30),
+        *("--monitor", "graphs"),
         *("--custodians", 3, "--threshold", 2),
     )
     assert result.exit_code == 0, result.output
     members = Federation.load(folder).members()
-    assert list(members) == ["server", "key-holder", "alice", "client-1", "client-2", "ops"]
+    services = ["server", "key-holder"]
+    assert list(members) == [*services, "alice", "client-1", "client-2", "ops", "graphs"]
     assert members["server"].hosts == ["secagg.example.org", "localhost", "127.0.0.1"]
     assert members["key-holder"].hosts == ["192.0.2.7", "localhost", "127.0.0.1"]
     for name in members:
@@ -641,9 +670,12 @@ def test_every_command_does_what_it_says(folder: Path) -> None:
         ("retire-client", "bob"),
         ("rotate-server",),
         ("rotate-operator", "admin"),
+        ("add-monitor", "graphs"),
+        ("rotate-monitor", "prometheus"),
         ("rotate-keyholder",),
         ("retire-keyholder",),
         ("revoke", "carol"),
+        ("revoke", "graphs"),
     ]
     secret = passphrase(federation)
     for serial, (command, *arguments) in enumerate(steps, start=2):
@@ -654,7 +686,7 @@ def test_every_command_does_what_it_says(folder: Path) -> None:
         assert passphrase(federation) not in result.output
         assert enrolment(federation).serial == serial
     assert enrolment(federation).active() == ["alice", "bob"]
-    assert len(enrolment(federation).revoked_certificates) == 2
+    assert len(enrolment(federation).revoked_certificates) == 3
 
 
 def test_the_list_is_for_people_and_for_programs(federation: Federation) -> None:
@@ -667,6 +699,7 @@ def test_the_list_is_for_people_and_for_programs(federation: Federation) -> None
         ("alice", "client", 2, "rotating"),
         ("bob", "client", 1, "revoked"),
         ("admin", "operator", 0, "active"),
+        ("prometheus", "monitor", 0, "active"),
     ]
     expires = federation.members()["alice"].expires
     assert rows[2]["expires"] == expires.isoformat()

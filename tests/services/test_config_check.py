@@ -65,6 +65,7 @@ def sound(program: str) -> Flags:
     passphrase.write_text(federations.PASSPHRASE, "utf-8")
     passphrase.chmod(0o600)
     flags: Flags = {"--listen": "127.0.0.1:0", "--kit": str(kit_of(program))}
+    flags["--monitor-listen"] = "127.0.0.1:0"
     flags[DATA[program]] = "data"
     if program == SERVER:
         return flags | {"--admin-listen": "127.0.0.1:0"}
@@ -145,6 +146,19 @@ SETTINGS: dict[str, tuple[Flags, str]] = {
     "no port": ({"--listen": "127.0.0.1:"}, "host:port"),
     "no host": ({"--listen": ":7400"}, "host:port"),
     "a port beyond all": ({"--listen": "127.0.0.1:70000"}, "host:port"),
+    "no address of a monitor": ({"--monitor-listen": "on"}, "host:port"),
+    "no address of probes": ({"--probe-listen": "none"}, "host:port"),
+    "an open monitor that is off": ({"--monitor-listen": "off", "--monitor-open": None}, "nothing"),
+    "an open monitor on loopback": ({"--monitor-open": None}, "which it does nothing for"),
+    "a public monitor in plaintext": ({**PLAIN, "--monitor-listen": "0.0.0.0:7403"}, "say monitor"),
+    "one port for two": (
+        {"--listen": "127.0.0.1:7400", "--monitor-listen": "127.0.0.1:7400"},
+        "listen and monitor_listen have the same",
+    ),
+    "one port for probes": (
+        {"--listen": "127.0.0.1:7400", "--probe-listen": "0.0.0.0:7400"},
+        "listen and probe_listen have the same",
+    ),
     "no workers": ({"--workers": "0"}, "workers"),
     "an unknown log level": ({"--log-level": "loud"}, "log_level"),
     "a ready file nowhere": ({"--ready-file": "nowhere/ready"}, "ready_file"),
@@ -473,7 +487,15 @@ def taken() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("program", "flag"),
-    [(SERVER, "--listen"), (SERVER, "--admin-listen"), (KEY_HOLDER, "--listen")],
+    [
+        (SERVER, "--listen"),
+        (SERVER, "--admin-listen"),
+        (SERVER, "--monitor-listen"),
+        (SERVER, "--probe-listen"),
+        (KEY_HOLDER, "--listen"),
+        (KEY_HOLDER, "--monitor-listen"),
+        (KEY_HOLDER, "--probe-listen"),
+    ],
 )
 def test_a_port_that_is_taken_ends_with_78(program: str, flag: str) -> None:
     with taken() as address:

@@ -15,11 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import LoopThread, loop_thread, serving
 
 from secagg.rpc import channels
+from secagg.rpc.footprint import MAX_CONNECTIONS
+from secagg.rpc.gatekeeper import AT_ONCE, CLIENT_IN_FLIGHT
 from secagg.rpc.lifecycle import add_health
 
 PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
 SHORT_MS = 200
 PATIENCE_S = 15.0
+READ_BUFFER = "grpc.experimental.tcp_max_read_buffer_size"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,10 @@ def test_the_page_says_what_is_configured() -> None:
         "keepalive": f"{client['grpc.keepalive_time_ms'] // 1000} s",
         "idle connection": f"{server['grpc.max_connection_idle_ms'] // 60_000} min",
         "calls worked on at once": "64",
+        "calls of one client at once": str(CLIENT_IN_FLIGHT),
+        "messages read at once": str(AT_ONCE),
+        "connections of one listener": str(MAX_CONNECTIONS),
+        "read buffer of a connection": f"{server[READ_BUFFER] >> 10} KiB",
     }
     # A client that pings as often as ours must not be taken for an attacker.
     allowed = server["grpc.http2.min_recv_ping_interval_without_data_ms"]

@@ -28,7 +28,7 @@ from serving import soon
 
 from secagg.context import NO_MODEL
 from secagg.encryptor import encrypt_quantized
-from secagg.errors import ClosedError, MalformedError, SecaggError
+from secagg.errors import ClosedError, MalformedError, SecaggError, StorageError
 from secagg.parameters import CHUNK_BLOCKS, IntegerSegment
 from secagg.planner import make_plan
 from secagg.quantize import Quantized
@@ -399,6 +399,33 @@ def test_a_key_holder_that_stays_away_costs_an_attempt(call: str, tmp_path: Path
             exactly(
                 server.sums(current.context.plan, 1), cohort.clear_sums(current.context, range(3))
             )
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("call", ["open_round", "judge", "check_sum", "release"])
+@pytest.mark.parametrize("answered", [False, True], ids=["not done", "done, answer lost"])
+def test_a_key_holder_whose_disk_fails_for_a_while_costs_nothing(
+    call: str, answered: bool, tmp_path: Path
+) -> None:
+    """It is there and says what is wrong: the same attempt waits for it, not the next ones."""
+    full = StorageError("expected a ledger that can be written; the disk is full")
+
+    async def work() -> None:
+        key_holder = LocalKeyHolder()
+        for _ in range(4 * KEY_HOLDER_ATTEMPTS):
+            (key_holder.lose_answer if answered else key_holder.fail)(call, full)
+        async with running(tmp_path, key_holder) as server:
+            server.create(task(rounds=1))
+            while server.store.task("task").state is TaskState.RUNNING:
+                await breathe()
+                if server.newest() == (1, 1) and not server.store.counts(("task", 1, 1)).accepted:
+                    server.send_all(server.open_round().context, range(3))
+                server.clock.advance(DEADLINE_S)
+            assert await server.task_ended() == (TaskState.FINISHED, "")
+            assert [row.attempt for row in server.store.rounds("task")] == [1]
+            (context,) = {c.id: c for c in key_holder.contexts}.values()
+            exactly(server.sums(context.plan, 1), cohort.clear_sums(context, range(3)))
 
     asyncio.run(work())
 

@@ -704,7 +704,7 @@ async def test_the_models_that_updates_are_compared_with_outlive_retention(folde
             await server.collecting(number + 1)
             retention.sweep(server.store, server.blobs, EPOCH.replace(year=EPOCH.year + 100))
         assert standing(server, context)[cohort.identity(1).public][1] == "NORM_REFUSED"
-        kept = sorted(path.name for path in server.folder.rglob("*.f32"))
+        kept = sorted(path.name for path in server.folder.glob("models/*/*.f32"))
         assert kept == ["2.f32", "3.f32"]
 
 
@@ -796,7 +796,7 @@ def test_one_chunk_of_an_upload_is_in_memory_at_a_time(
     plan = cohort.long_plan()
     monkeypatch.setattr(ciphertexts, "widen", lambda data, _blocks: data)
     receipt = cohort.noise_upload(cohort.round_context(plan), 0).admission.receipt
-    seen = ciphertexts._sketched(Consuming(), Watched(), plan, receipt)  # type: ignore[arg-type]
+    seen = ciphertexts._sketch(Consuming(), Watched(), plan, receipt)  # type: ignore[arg-type]
     assert (seen, live) == ([1, 2, 3], [0, 1, 2])
 
 

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,9 @@ OF_THE_KEY_HOLDER = (
 )
 # A round that goes well is released, not closed.
 OF_AN_ABORTED_ATTEMPT = "round-closed"
+# Programs take their time: half of them today, the others tomorrow. In the simulation, each one
+# every day.
+TODAY = [*OF_THE_SERVER, *OF_THE_KEY_HOLDER][datetime.now(UTC).toordinal() % 2 :: 2]
 
 
 def test_every_failpoint_is_tried() -> None:
@@ -80,6 +84,8 @@ def dies(machine: Machine, victim: str) -> None:
 
 
 def attempts(answer: pb.GetTaskResponse) -> list[tuple[int, int, int]]:
+    for row in answer.rounds:
+        print(row.round_number, row.attempt, row.reason or "no reason")  # seen if the test fails
     return [(row.round_number, row.attempt, row.state) for row in answer.rounds]
 
 
@@ -105,7 +111,7 @@ def counted_once(machine: Machine, answer: pb.GetTaskResponse) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failpoint", [*OF_THE_SERVER, *OF_THE_KEY_HOLDER])
+@pytest.mark.parametrize("failpoint", TODAY)
 def test_a_program_that_dies_goes_on_with_the_same_attempt(failpoint: str, tmp_path: Path) -> None:
     victim = SERVER if failpoint in OF_THE_SERVER else KEY_HOLDER
     with Machine(tmp_path) as machine:

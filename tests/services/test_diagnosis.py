@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import grpc.aio
@@ -251,6 +251,27 @@ def test_a_listener_that_hangs_up_is_an_error_of_ours_at_most(
     with saying(words, close=True) as address:
         found = why_unreachable(address, alice(), SERVER)
     assert found is None or isinstance(found, IdentityError)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_proxy_that_hangs_up_is_not_a_refusal(listens: bool) -> None:
+    """Its server is away and will be back, but whoever is refused gives up for good."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            with suppress(OSError):  # closed
+                while True:
+                    connection, _ = listener.accept()
+                    if listens:
+                        connection.recv(4096)
+                    connection.close()
+
+        proxy = threading.Thread(target=hang_up)
+        proxy.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert why_unreachable(address, alice(), SERVER) is None
+        listener.shutdown(socket.SHUT_RDWR)
+        proxy.join(10)
 
 
 def test_the_private_key_does_not_stay_in_a_temporary_file(

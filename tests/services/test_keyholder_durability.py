@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from secagg.wire import codec
 from secagg.wire.v1 import key_holder_service_pb2 as pb
 from secagg.wire.v1 import round_pb2
 from secagg_keyholder.backup import backup_ledger, restore_ledger
+from secagg_keyholder.database import LEDGER
 from secagg_keyholder.rounds import Policy
 
 ACCEPTED = round_pb2.VERDICT_STATE_ACCEPTED
@@ -89,6 +91,20 @@ def test_a_release_is_the_same_to_the_byte_after_a_restart(start: Start) -> None
             holder.release(judged.context, digests_of(fewer), summed(judged.context, fewer))
         with pytest.raises(ClosedError):
             holder.open(attempt=2)
+
+
+def test_the_disk_holds_the_sums_of_the_newest_round_alone(start: Start, tmp_path: Path) -> None:
+    def kept() -> list[tuple[int, bytes | None]]:
+        with closing(sqlite3.connect(tmp_path / "state" / LEDGER)) as ledger:
+            query = "SELECT round_number, sums FROM rounds ORDER BY round_number"
+            return ledger.execute(query).fetchall()
+
+    with start() as holder:
+        judged = judge_all(holder)
+        sums, _ = holder.release(judged.context, judged.digests, judged.data)
+        assert kept() == [(1, sums)]
+        holder.open(number=2)
+        assert kept() == [(1, None), (2, None)]
 
 
 def test_verdicts_are_the_same_after_a_restart(start: Start) -> None:

@@ -342,7 +342,7 @@ def test_what_is_heavy_is_computed_where_the_key_holder_computes(
     with holding(thread, rounds) as holder:
         desk = admitted(holder)
         submit(holder, desk, 0)
-    assert done == [keyholder._passes.__name__]
+    assert done == [keyholder._judge_sketch.__name__]
 
 
 # --- when nothing is said -----------------------------------------------------------------------

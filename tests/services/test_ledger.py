@@ -32,7 +32,7 @@ from secagg.errors import (
     MalformedError,
     SealError,
     SecaggError,
-    UnavailableError,
+    StorageError,
 )
 from secagg.keyholder import Finding
 from secagg.parameters import IntegerSegment
@@ -714,7 +714,7 @@ def test_a_change_without_its_entry_is_none(
 
     with monkeypatch.context() as patched:
         patched.setattr(database, "next_entry", fails)
-        message = refuses(UnavailableError, ledger, CHANGES[change], ledger, name)
+        message = refuses(StorageError, ledger, CHANGES[change], ledger, name)
     assert "INSERT" not in message
     CHANGES[change](ledger, name)
 
@@ -755,13 +755,13 @@ def test_a_ledger_that_cannot_be_written_says_so(ledger: Ledger, limit: str) -> 
     rows(ledger, f"PRAGMA {limit}")
     if "max" in limit:  # full: room for small changes is left in the pages there are
         big = b"x" * 10**6
-        message = refuses(UnavailableError, ledger, ledger.record_release, name, MANIFEST, 3, big)
+        message = refuses(StorageError, ledger, ledger.record_release, name, MANIFEST, 3, big)
         assert "SQLITE_FULL" in message
     else:
-        message = refuses(UnavailableError, ledger, ledger.ping)
+        message = refuses(StorageError, ledger, ledger.ping)
         assert "SQLITE_READONLY" in message
         for change in CHANGES.values():
-            refuses(UnavailableError, ledger, change, ledger, name)
+            refuses(StorageError, ledger, change, ledger, name)
     assert not {"INSERT", "UPDATE", "SELECT"} & set(message.split())
     assert current(ledger).state is RoundState.OPEN
 
@@ -773,10 +773,10 @@ def test_a_ledger_that_another_process_holds_says_so(
     with closing(reopened(path)) as ledger, closing(sqlite3.connect(path)) as other:
         name = opened(ledger)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(UnavailableError, match="SQLITE_BUSY"):
+        with pytest.raises(StorageError, match="SQLITE_BUSY"):
             ledger.ping()
         assert ledger.verdicts(name) == {}  # reading goes on
-        with pytest.raises(UnavailableError):
+        with pytest.raises(StorageError):
             ledger.count_refusal(name)
         other.execute("ROLLBACK")
         assert ledger.count_refusal(name) == 1
@@ -787,7 +787,7 @@ def test_a_closed_ledger_is_unavailable(path: Path) -> None:
     ledger.close()
     ledger.close()
     for call in (ledger.ping, ledger.open_rounds, ledger.restored):
-        with pytest.raises(UnavailableError):
+        with pytest.raises(StorageError):
             call()
 
 
@@ -987,7 +987,7 @@ def test_a_backup_that_fails_leaves_nothing(
     before = set(tmp_path.iterdir())
     with monkeypatch.context() as patched:
         patched.setattr(os, step, fails)
-        with pytest.raises(UnavailableError, match="No space"):
+        with pytest.raises(StorageError, match="No space"):
             ledger.backup(tmp_path / "backup")
     assert set(tmp_path.iterdir()) == before
     ledger.backup(tmp_path / "backup")

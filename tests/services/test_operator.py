@@ -82,7 +82,7 @@ class Office:
             raise from_rpc_error(error) from None
 
     def files(self) -> set[Path]:
-        return {path for path in self.folder.rglob("*") if path.suffix in (".f32", ".i64")}
+        return {path for path in self.folder.glob("[ms]*/**/*") if path.suffix in (".f32", ".i64")}
 
 
 @pytest.fixture

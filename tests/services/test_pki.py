@@ -355,6 +355,7 @@ NAMES = {
     Role.KEY_HOLDER: "key-holder",
     Role.CLIENT: "alice",
     Role.OPERATOR: "admin",
+    Role.MONITOR: "prometheus",
 }
 WRONG = [
     (service, method, role)

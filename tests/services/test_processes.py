@@ -258,9 +258,10 @@ def test_plaintext_works_on_one_machine_and_says_what_it_is(tmp_path: Path) -> N
     addresses = {name: f"127.0.0.1:{free_port()}" for name in ("listen", "admin", "key-holder")}
     ready = tmp_path / "keyholder.ready"
     arguments = ["run", "--insecure", "--listen", addresses["key-holder"]]
+    arguments += ["--monitor-listen", "off"]
     arguments += ["--state-dir", str(tmp_path / "keyholder"), "--ready-file", str(ready)]
     key_holder = Program("secagg_keyholder.cli", arguments, tmp_path / "keyholder.log")
-    arguments = ["run", "--insecure", "--listen", addresses["listen"]]
+    arguments = ["run", "--insecure", "--listen", addresses["listen"], "--monitor-listen", "off"]
     arguments += ["--admin-listen", addresses["admin"], "--key-holder", addresses["key-holder"]]
     arguments += ["--data-dir", str(tmp_path / "server"), "--ready-file", str(tmp_path / "ready")]
     server = Program("secagg_server.cli", arguments, tmp_path / "server.log")

@@ -77,7 +77,7 @@ def receipts(server: Server) -> dict[tuple[int, int], int]:
 
 def files(server: Server) -> set[str]:
     """Models and sums on the disk."""
-    found = [path for path in server.folder.rglob("*") if path.suffix in (".f32", ".i64")]
+    found = [path for path in server.folder.glob("[ms]*/**/*") if path.suffix in (".f32", ".i64")]
     return {path.name for path in found}
 
 
@@ -271,6 +271,24 @@ async def test_the_server_sweeps_at_its_start_and_every_hour(folder: Path) -> No
         clock.advance(1.0)
         await soon(lambda: "1.i64" not in files(server))
         await soon(lambda: receipts(server) == {})
+        await clock.watched()
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+
+@scenario
+async def test_what_is_kept_for_minutes_is_swept_every_minute(folder: Path) -> None:
+    async with running(folder) as server:
+        server.create(task())
+        await done(server, 1)
+        clock, minute = ManualClock(THEN), datetime.timedelta(minutes=1)
+        ended_at(server, ("task", 1, 1), THEN - 4 * minute)
+        work = asyncio.create_task(keep_tidy(server.store, server.blobs, clock, 5 / (24 * 60)))
+        await clock.watched()
+        assert "1.i64" in files(server)
+        clock.advance(61.0)
+        await soon(lambda: "1.i64" not in files(server))
         await clock.watched()
         work.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from secagg import audit
 from secagg.cli import app as secagg_app
+from secagg.wire.v1 import round_pb2
 from secagg_keyholder.cli import app as key_holder_app
 from secagg_server.cli import app as server_app
 
@@ -38,7 +39,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Both programs, after one round; for tests that change nothing of them."""
+    """Both programs, one round done, the next one open; for tests that change nothing."""
     with Machine(tmp_path_factory.mktemp("machine")) as running, ExitStack() as stack:
         for name in (KEY_HOLDER, SERVER):
             running.start(name)
@@ -50,7 +51,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
             values = cohort.contribution(current.context.plan, index)
             current.contribute(values, samples=cohort.samples(index))
         with running.operator() as operator:
-            running.program(SERVER).wait_for(lambda: operator.task("task").task.rounds_done == 1)
+            running.program(SERVER).wait_for(
+                lambda: (
+                    [row.state for row in operator.task("task").rounds]
+                    == [round_pb2.ROUND_STATE_DONE, round_pb2.ROUND_STATE_COLLECTING]
+                )
+            )
         yield running
         assert running.stop() == [0, 0]
 

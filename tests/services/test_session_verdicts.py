@@ -29,6 +29,7 @@ from secagg.errors import (
     ClosedError,
     ConfigurationError,
     ContextError,
+    DuplicateError,
     ForgedSketchError,
     MalformedError,
     MismatchError,
@@ -196,6 +197,22 @@ def test_a_client_that_was_restarted_still_checks_its_verdict(site: Site, outbox
     with site.session(0, outbox=outbox) as session:
         told = until_the_end(session)
     assert [one.accepted for one in told] == [True]
+
+
+def test_a_client_that_lost_its_disk_misses_a_verdict_and_nothing_else(
+    site: Site, outbox: Path, log: list[Any], tmp_path: Path
+) -> None:
+    """What it has kept since is not what was accepted: the verdict is on something else."""
+    anew = tmp_path / "another disk"
+    site.create(checked_task())
+    with site.session(0, outbox=outbox) as session:
+        take_part(session, 0)
+    with site.session(0, outbox=anew) as session, pytest.raises(DuplicateError):
+        take_part(session, 0)
+    others_take_part(site, 1, 2)
+    with site.session(0, outbox=anew) as session:
+        assert until_the_end(session) == []
+    assert warnings(log) == [("verdict_missing", 1, 1, "CONTEXT_MISMATCH")]
 
 
 def test_a_restart_while_the_round_is_open_asks_only_once_it_is_over(
@@ -514,7 +531,7 @@ def forged(site: Site, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
         key = bytes(range(32))
         return sketch(context, receipt.upload_digest, [widen(data, plan.blocks)], key)
 
-    monkeypatch.setattr(ciphertexts, "_sketched", forging)
+    monkeypatch.setattr(ciphertexts, "_sketch", forging)
     site.create(checked_task(rounds=2))
     with site.session(0, outbox=outbox) as session:
         take_part(session, 0)

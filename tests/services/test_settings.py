@@ -220,7 +220,7 @@ def test_nobody_has_to_guess_between_tls_and_plaintext(
 
 @pytest.mark.parametrize("name", ["listen", "admin_listen", "key_holder"])
 def test_plaintext_stays_on_this_machine_and_tls_need_not(name: str, tmp_path: Path) -> None:
-    values: dict[str, Any] = {name: "0.0.0.0:7400", "data_dir": tmp_path / "d"}
+    values: dict[str, Any] = {name: "0.0.0.0:7410", "data_dir": tmp_path / "d"}
     with pytest.raises(ConfigurationError, match="plaintext is for one machine only"):
         load(ServerSettings, None, values | {"insecure": True}).opened()
     encrypted = load(ServerSettings, None, values | {"kit": shared().kit("server")})

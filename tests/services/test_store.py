@@ -22,7 +22,7 @@ from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from postgres import Postgres, running
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -190,6 +190,15 @@ def finish(store: Store, key: RoundKey, *, has_model: bool = True) -> int:
 # --- tasks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["\0", "a\0b", "a" * 65, "../x"])
+def test_what_no_task_can_be_called_is_unknown(store: Store, name: str) -> None:
+    """Not every database takes any text; whoever asks for it is told the same by all."""
+    with pytest.raises(ConfigurationError, match="expected a task id"):
+        store.task(name)
+    with pytest.raises(ConfigurationError, match="expected a task id"):
+        store.tasks(after=name)
+
+
 def test_a_new_task_runs_and_has_done_nothing(store: Store) -> None:
     row = store.create_task(task(), DIGEST)
     assert (row.state, row.rounds_done, row.model_version, row.reason) == (
@@ -293,6 +302,79 @@ def test_a_task_ends_once(store: Store) -> None:
 
 
 # --- rounds -----------------------------------------------------------------------------------
+
+
+def test_tasks_are_counted_by_state_and_those_that_run_are_found(store: Store) -> None:
+    assert store.tasks_by_state() == {"RUNNING": 0, "FINISHED": 0, "FAILED": 0}
+    assert store.running_tasks() == []
+    for number in range(6):
+        store.create_task(task(f"task-{number}"), DIGEST)
+    for number, state in ((0, TaskState.FINISHED), (3, TaskState.FAILED), (4, TaskState.FINISHED)):
+        store.end_task(f"task-{number}", state)
+    assert store.tasks_by_state() == {"RUNNING": 3, "FINISHED": 2, "FAILED": 1}
+    assert [row.task_id for row in store.running_tasks()] == ["task-1", "task-2", "task-5"]
+
+
+def test_attempts_that_go_on_are_counted_by_state(store: Store) -> None:
+    nothing = dict.fromkeys(("CREATED", "COLLECTING", "CHECKING", "SUMMING", "RELEASING"), 0)
+    nothing["AUDITING"] = 0
+    assert store.open_rounds_by_state() == nothing
+    for task_id in ("task", "other", "ended"):
+        store.create_task(task(task_id), DIGEST)
+    store.create_round("other", 1)
+    first = store.create_round("task", 1).key
+    store.abort_round(first, "QUORUM_NOT_REACHED: text")
+    second = store.create_round("task", 1).key
+    opened(store, second)
+    assert store.open_rounds_by_state() == nothing | {"CREATED": 1, "COLLECTING": 1}
+    advance_to(store, second, "RELEASING")
+    assert store.open_rounds_by_state() == nothing | {"CREATED": 1, "RELEASING": 1}
+    finish(store, second)
+    store.create_round("ended", 1)
+    store.end_task("ended", TaskState.FAILED)
+    assert store.open_rounds_by_state() == nothing | {"CREATED": 1}
+
+
+def test_counting_open_attempts_costs_nothing_for_those_that_have_ended(tmp_path: Path) -> None:
+    """However many there are: somebody asks every few seconds. In steps of SQLite's machine."""
+    with closing(Store(stores.migrated(tmp_path / "store.sqlite3"))) as store:
+        store.create_task(task("old"), DIGEST)
+        store.end_task("old", TaskState.FINISHED)
+        store.create_task(task("new"), DIGEST)
+        store.create_round("new", 1)
+        before = steps(store, store.open_rounds_by_state)
+        with store.database.engine.begin() as connection:
+            done = [
+                {
+                    "task_id": "old",
+                    "round_number": number,
+                    "attempt": 1,
+                    "state": RoundState.DONE,
+                    "created_at": CLOSES_AT,
+                }
+                for number in range(1, 500)
+            ]
+            connection.execute(insert(RoundRow), done)
+        assert steps(store, store.open_rounds_by_state) <= before + 50
+        assert store.open_rounds_by_state()[RoundState.CREATED] == 1
+
+
+def steps(store: Store, work: Callable[[], object]) -> int:
+    """What a query costs."""
+    counted = 0
+
+    def count() -> int:
+        nonlocal counted
+        counted += 1
+        return 0
+
+    with store.database.engine.connect() as connection:
+        database = connection.connection.dbapi_connection
+    database.set_progress_handler(count, 1)
+    work()
+    database.set_progress_handler(None, 1)
+    assert counted, "expected another query on the same connection"
+    return counted
 
 
 def test_attempts_are_counted_within_a_round(store: Store) -> None:
@@ -603,7 +685,9 @@ def test_the_noise_audit_is_noted_once(store: Store) -> None:
     assert rows(store) == before
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
+)
 @given(reason=st.text(), data=st.binary(max_size=300))
 @example(reason="WHY: \0 and more", data=b"\0")
 def test_whatever_text_and_bytes_say_they_come_back(store: Store, reason: str, data: bytes) -> None:

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from secagg.errors import ConfigurationError, MalformedError, UnavailableError
+from secagg.errors import ConfigurationError, MalformedError, StorageError
 from secagg.sealing import ROUND_PRIVATE_BYTES, RoundKeyPair
 from secagg_keyholder.vault import RoundKeys, load_identity, unsealing_passphrase
 
@@ -300,7 +300,7 @@ def test_a_folder_in_the_place_of_a_key_does_not_open(keys: RoundKeys, folder: P
     key_file(folder, FIRST).mkdir()
     with pytest.raises(ConfigurationError):
         keys.get(FIRST)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(StorageError):
         keys.erase(FIRST)
 
 
@@ -419,7 +419,7 @@ def test_a_key_that_could_not_be_stored_whole_is_not_there(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(os, step, no_space)
-        with pytest.raises(UnavailableError, match="No space"):
+        with pytest.raises(StorageError, match="No space"):
             keys.put(FIRST, PRIVATE)
     assert keys.get(FIRST) is None
     assert [path.name for path in folder.iterdir()] == ["salt"]
@@ -443,7 +443,7 @@ def test_a_key_that_could_not_be_unlinked_no_longer_opens(
     keys.put(FIRST, PRIVATE)
     with monkeypatch.context() as patched:
         patched.setattr(os, "unlink", no_space)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(StorageError):
             keys.erase(FIRST)
     with pytest.raises(ConfigurationError):
         keys.get(FIRST)

@@ -14,6 +14,7 @@ from secagg.challenger import Challenger
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment
+from secagg.instruments import SILENT, Meter
 from secagg.parameters import Plan
 from secagg.upload import Upload
 from secagg_server.blobs import BlobStore
@@ -86,16 +87,16 @@ class Desk:
         return sorted(path for path in self.root.rglob("*") if path.is_file())
 
 
-def desk_for(plan: Plan, folder: Path, secret: bytes = bytes(32)) -> Desk:
+def desk_for(plan: Plan, folder: Path, secret: bytes = bytes(32), meter: Meter = SILENT) -> Desk:
     """A desk with an open round, whose challenges follow from the secret."""
-    store = Store(migrated(folder / "store.sqlite3"))
+    store = Store(migrated(folder / "store.sqlite3"), meter=meter)
     blobs, rounds = BlobStore(folder / "blobs"), OpenRounds(ManualClock())
     spec = TaskSpec("task", plan, 3, 60_000, 2, plan.max_clients)
     context = cohort.round_context(plan, task_id="task")
     store.create_task(spec, bytes(32))
     store.create_round("task", 1)
     roster = cohort.ChangingRoster(OpenEnrolment())
-    intake = Intake(store, blobs, rounds, roster)
+    intake = Intake(store, blobs, rounds, roster, meter=meter)
     desk = Desk(store, blobs, rounds, intake, context, folder / "blobs", roster, secret=secret)
     desk.open_round(spec, context)
     return desk

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from secagg.context import RoundContext
 from secagg.endorsement import Endorsement
 from secagg.enrolment import OpenEnrolment, Roster
+from secagg.instruments import SILENT, Meter
 from secagg.parameters import Plan
 from secagg.private_files import write
 from secagg.receipts import SigningKey
@@ -46,15 +47,19 @@ def durable_rounds(
     policy: Policy | None = None,
     roster: Roster | None = None,
     identity: SigningKey | None = None,
+    meter: Meter = SILENT,
+    compute: Callable[..., Any] = lambda work, *arguments: work(*arguments),
 ) -> Rounds:
     """The key holder's rounds over a ledger and keys in a folder, recovered as after a start."""
     folder.mkdir(parents=True, exist_ok=True)
     rounds = Rounds(
-        Ledger(folder / "ledger.sqlite3", AUDIT_KEY),
+        Ledger(folder / "ledger.sqlite3", AUDIT_KEY, meter=meter),
         _round_keys(folder / "round-keys"),
         identity or SigningKey.generate(),
         roster or OpenEnrolment(),
         policy or Policy(),
+        compute,
+        meter=meter,
     )
     rounds.recover()
     return rounds
@@ -87,6 +92,9 @@ def _stretched(passphrase: bytes, **settings: Any) -> bytes:  # noqa: ANN401 - t
 class LocalKeyHolder:
     """The server's `KeyHolderStub` over the key holder's own `Rounds`.
 
+    Args:
+        measured: ``meter`` and ``compute`` of `durable_rounds`.
+
     Attributes:
         calls: names of the calls so far, in order.
         closed: contexts that were closed.
@@ -97,8 +105,9 @@ class LocalKeyHolder:
         rounds: what it does without a server between; another one after each restart.
     """
 
-    def __init__(self, roster: Roster | None = None) -> None:
+    def __init__(self, roster: Roster | None = None, **measured: Any) -> None:  # noqa: ANN401
         self._roster = roster
+        self._measured = measured
         self.calls: list[str] = []
         self.contexts: list[RoundContext] = []
         self.closed: list[RoundContext] = []
@@ -111,7 +120,9 @@ class LocalKeyHolder:
 
     def restart(self) -> None:
         """Forget what was in memory, as a restarted process does."""
-        self.rounds = durable_rounds(self._state, roster=self._roster, identity=self.identity)
+        self.rounds = durable_rounds(
+            self._state, roster=self._roster, identity=self.identity, **self._measured
+        )
 
     def lose(self) -> None:
         """Lose everything, as after a fire."""

@@ -93,7 +93,7 @@ class Machine:
     def command(self, name: str) -> list[str]:
         """Module and command line of a program."""
         arguments = ["--ready-file", str(self.folder / f"{name}.ready")]
-        arguments += ["--kit", str(self.kits / name)]
+        arguments += ["--kit", str(self.kits / name), "--monitor-listen", "127.0.0.1:0"]
         if name == KEY_HOLDER:
             arguments += ["--listen", self.key_holder, "--state-dir", str(self.folder / name)]
             arguments += ["--passphrase-file", str(self.kits / "custodians" / "passphrase")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,11 +23,13 @@ from secagg.audit import Entry
 from secagg.context import RoundContext
 from secagg.enrolment import OpenEnrolment, Roster
 from secagg.errors import UnavailableError
+from secagg.instruments import SILENT, Meter
 from secagg.parameters import Plan
 from secagg.receipts import NO_COMMITMENT
 from secagg.upload import Upload
 from secagg.wire.codec import model_digest, model_to_bytes, sums_from_bytes
 from secagg_server.blobs import BlobStore
+from secagg_server.ciphertexts import here
 from secagg_server.coordinator import Coordinator
 from secagg_server.intake import Intake
 from secagg_server.rounds import OpenRound, OpenRounds
@@ -66,19 +69,23 @@ class Server:
         *,
         roster: Roster | None = None,
         clock: ManualClock | None = None,
+        meter: Meter = SILENT,
+        compute: Callable[..., Any] = here,
     ) -> None:
-        self.store = Store(migrated(folder / "store.sqlite3"))
+        self.store = Store(migrated(folder / "store.sqlite3"), meter=meter)
         self.folder = folder / "blobs"
         self.blobs = BlobStore(self.folder)
         self.clock = clock or ManualClock()
         self.rounds = OpenRounds(self.clock)
         self.roster = roster or OpenEnrolment()
         self.key_holder = key_holder or LocalKeyHolder(self.roster)
-        self.intake = Intake(self.store, self.blobs, self.rounds, self.roster)
+        self.intake = Intake(self.store, self.blobs, self.rounds, self.roster, meter=meter)
         self.verdicts = VerdictDesk(self.store, self.roster, SECRET)
         self.coordinator = Coordinator(
             *(self.store, self.blobs, self.rounds, self.key_holder, self.clock, self.roster),
+            compute=compute,
             secret=SECRET,
+            meter=meter,
         )
 
     def create(self, spec: TaskSpec) -> None:
@@ -156,8 +163,9 @@ class Server:
         await soon(lambda: self.upload_files() == [])
 
     def upload_files(self) -> list[Path]:
-        """Every chunk on the disk."""
-        return [path for path in (self.folder / "uploads").rglob("*") if path.is_file()]
+        """Every chunk on the disk; chunks may be on their way out meanwhile."""
+        walked = os.walk(self.folder / "uploads")
+        return [Path(folder) / name for folder, _, names in walked for name in names]
 
     def events(self, name: str) -> list[Entry]:
         """The audit log's entries of one kind."""

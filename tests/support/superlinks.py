@@ -75,7 +75,7 @@ class Flower:
         arguments = ["run", "--ready-file", str(ready), "--listen", "127.0.0.1:0"]
         arguments += ["--kit", str(self.kits / "keyholder")]
         arguments += ["--passphrase-file", str(self.kits / "custodians" / "passphrase")]
-        arguments += ["--state-dir", str(self.folder / "keyholder")]
+        arguments += ["--state-dir", str(self.folder / "keyholder"), "--monitor-listen", "off"]
         program = Program("secagg_keyholder.cli", arguments, self.folder / "keyholder.log")
         self._programs.append(program)
         program.wait_for(ready.exists)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import uuid
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from secagg.errors import ReleaseError
 
-__all__ = ["die_always", "die_at_first", "divide", "doubled", "refuse"]
+__all__ = ["die_always", "die_at_first", "divide", "doubled", "refuse", "waits_for"]
 
 
 def doubled(array: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -42,3 +43,10 @@ def die_at_first(folder: str) -> str:
         die_always(folder)
     (Path(folder) / uuid.uuid4().hex).touch()
     return "done"
+
+
+def waits_for(file: str) -> None:
+    """Wait until a file is there."""
+    until = time.monotonic() + 30
+    while not Path(file).exists() and time.monotonic() < until:
+        time.sleep(0.002)

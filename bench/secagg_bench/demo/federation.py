@@ -21,6 +21,7 @@ from secagg.wire.v1 import round_pb2
 from secagg_bench.demo.settings import TASK_ID, DemoSettings, Source
 from secagg_bench.processes import Program, Services, running_services
 from secagg_client.session import ClientKit, ClientSession
+from secagg_client.state_dir import StateDir
 from secagg_recommender.factorisation import SharedTensors, init_shared
 from secagg_server.operator import Operator
 from secagg_server.tasks import TaskSpec
@@ -194,9 +195,9 @@ def _final_model(services: Services) -> SharedTensors:
 def _gather_vectors(folders: list[Path], n_users: int, dimensions: int) -> NDArray[np.float32]:
     vectors = np.zeros((n_users, dimensions), dtype=np.float32)
     for folder in folders:
-        files = sorted(folder.glob("vectors-*.npz"), key=lambda path: int(path.stem[8:]))
-        if files:
-            with np.load(io.BytesIO(files[-1].read_bytes()), allow_pickle=False) as saved:
+        newest = StateDir(folder, TASK_ID).latest_vectors()
+        if newest is not None:
+            with np.load(io.BytesIO(newest), allow_pickle=False) as saved:
                 vectors[saved["users"]] = saved["vectors"]
     return vectors
 

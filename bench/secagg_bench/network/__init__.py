@@ -1,0 +1,1 @@
+"""The real programs on hosts of their own, and everything that can go wrong between hosts."""
