@@ -197,9 +197,11 @@ async def test_an_upload_whose_receipt_was_dropped_is_known_for_ever(folder: Pat
 @scenario
 async def test_sweeping_twice_changes_nothing(folder: Path) -> None:
     async with running(folder) as server:
-        server.create(task(rounds=3))
+        server.create(task(rounds=2))
         for number in (1, 2):
             await done(server, number)
+        await server.task_ended()
+        await server.tidied()
         assert sweep(server.store, server.blobs, THEN) == 6
         before = snapshot(server)
         assert sweep(server.store, server.blobs, THEN) == 0
@@ -211,8 +213,10 @@ async def test_sweeping_twice_changes_nothing(folder: Path) -> None:
 async def test_nothing_is_swept_where_nothing_is_old_or_nothing_is(folder: Path) -> None:
     async with running(folder) as server:
         assert sweep(server.store, server.blobs, THEN) == 0
-        server.create(task())
+        server.create(task(rounds=1))
         await done(server, 1)
+        await server.task_ended()
+        await server.tidied()
         before = snapshot(server)
         assert sweep(server.store, server.blobs, LONG_AGO) == 0
         assert snapshot(server) == before
