@@ -30,7 +30,7 @@ test: $(STAMP) lint proto-check ## Lint, type-check, and run the fast tests
 
 # They wait more than they compute.
 test-slow: $(STAMP) ## Run the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile -m slow --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m slow --timeout 600
 
 docs: $(STAMP) ## Build the documentation site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --strict --quiet
@@ -96,13 +96,15 @@ network: $(STAMP) ## Break the network between real hosts, and measure how long 
 	$(BIN)/python -m secagg_bench.network --output bench/results/network.json
 	$(BIN)/python -m secagg_bench.readme
 
-load: $(STAMP) ## Measure 200 clients that upload at once, and attackers beside them (half an hour)
+load: $(STAMP) ## Measure 200 clients that upload at once, and attackers beside them (five minutes)
 	$(BIN)/python -m secagg_bench.load uploads
 	$(BIN)/python -m secagg_bench.load hostile
+	$(BIN)/python -m secagg_bench.load draw
 	$(BIN)/python -m secagg_bench.readme
 
 soak: $(STAMP) ## Run rounds for an hour, and measure what the programs hold after it
 	$(BIN)/python -m secagg_bench.load soak
+	$(BIN)/python -m secagg_bench.load draw
 	$(BIN)/python -m secagg_bench.readme
 
 dashboards: $(STAMP) ## Write dashboards and alert rules from the metric lists

@@ -9,6 +9,7 @@ from typing import Any
 
 from secagg_bench.demo.report import LABELS
 from secagg_bench.demo.results import METRIC_SYSTEMS
+from secagg_bench.load.report import hostile_table, soak_table, uploads_table
 from secagg_bench.network.report import table as network_table
 from secagg_bench.robustness import fuzzing, simulation
 
@@ -39,6 +40,9 @@ def rendered(page: str) -> str:
         "network": (network_table, "network"),
         "fuzzing": (fuzzing, "fuzz"),
         "simulation": (simulation, "simulation"),
+        "load": (uploads_table, "load"),
+        "hostile": (hostile_table, "load"),
+        "soak": (soak_table, "soak"),
     }
     for name, (render, file) in blocks.items():
         before, opening, rest = page.partition(f"<!-- {name} -->\n")

@@ -12,11 +12,13 @@ def fuzzing(results: dict[str, Any]) -> str:
     rows = []
     for name, target in results["targets"].items():
         entries = ", ".join(f"`{entry}`" for entry in target["entries"])
-        features, memory = target["features"], target["longest_run"]["rss_mb"]
+        features, last = target["features"], target["last_run"]
+        memory = last["rss_mb"]
         rows.append(
             f"| `{name}` | {target['decodes']} | {entries} | {target['executions']:,} "
             f"| {target['wall_s'] / 60:.0f} ({target['cpu_s'] / 60:.0f}) "
-            f"| {features[0]:,} to {features[1]:,} | {memory[0]} to {memory[1]} "
+            f"| {features[0]:,} to {features[1]:,} "
+            f"| {memory[0]} to {memory[1]} in {last['wall_s'] / 60:.0f} min "
             f"| {target['slowest_s']} s | {target['kept']} |"
         )
     machine, targets = results["machine"], results["targets"].values()
@@ -27,7 +29,7 @@ def fuzzing(results: dict[str, Any]) -> str:
         f"{executions:,} executions in {wall_s / 3600:.1f} hours, of which the processor gave "
         f"{cpu_s / 3600:.1f}; sums over all runs. Features are libFuzzer's, from the first run's "
         "seeds to the last run's end; memory is resident, after the corpus was read and at the end "
-        "of the longest run; kept are inputs that once failed, all mended. "
+        "of the last run; kept are inputs that once failed, all mended. "
         f"atheris {machine['atheris']}, Python {machine['python']}, {machine['processor']}. From "
         "[bench/results/fuzz.json](../bench/results/fuzz.json), to which `make fuzz` adds."
     )

@@ -1,9 +1,7 @@
 """Baselines: what each of them learns, and that the comparison is fair."""
 
-import os
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,6 @@ from secagg_recommender.datasets import load_dataset
 from secagg_recommender.evaluation import evaluate
 from secagg_recommender.factorisation import LocalUpdate, TrainConfig, init_shared
 from secagg_recommender.interactions import DataError, Split, split_leave_one_out
-
-REAL_DATA = os.environ.get("SECAGG_DATA_DIR", "")
-HAS_MOVIELENS = bool(REAL_DATA) and Path(REAL_DATA, "ml-100k", "ratings.csv").is_file()
 
 CONFIG = RunConfig(
     train=TrainConfig(batch_size=256), n_silos=4, rounds=12, evaluate_every=5, sample_cap=2_000
@@ -197,18 +192,3 @@ def test_user_vectors_are_ordered_by_user() -> None:
     silos = build_silos(marketplace(), SHORT)
     vectors = collect_user_vectors(silos)
     assert np.array_equal(vectors[silos[1].users], silos[1].user_vectors)
-
-
-# --- real data ----------------------------------------------------------------------------------
-
-
-@pytest.mark.realdata
-@pytest.mark.skipif(not HAS_MOVIELENS, reason="SECAGG_DATA_DIR has no ml-100k/ratings.csv")
-def test_federated_movielens_meets_its_reference_points() -> None:
-    split = split_leave_one_out(load_dataset("ml-100k", REAL_DATA))
-    together = federated_float(split, RunConfig()).metrics
-    alone = local_only(split, RunConfig()).metrics
-    assert together.hr10 >= 0.63
-    assert together.ndcg10 >= 0.355
-    assert together.full_hr10 >= 0.11
-    assert together.hr10 >= alone.hr10 + 0.05

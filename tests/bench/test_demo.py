@@ -193,6 +193,10 @@ def test_encrypted_training_reaches_the_quality_that_is_claimed(
     assert ours["full_hr10"] >= 0.11
     assert ours["hr10"] >= metrics["local"]["hr10"] + 0.05
     assert ours["hr10"] >= metrics["centralised"]["hr10"] - 0.02
+    clear = metrics["federated_float"]
+    assert clear["hr10"] >= 0.63
+    assert clear["ndcg10"] >= 0.355
+    assert clear["full_hr10"] >= 0.11
 
 
 def test_report_escapes_what_it_quotes() -> None:

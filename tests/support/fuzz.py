@@ -177,9 +177,7 @@ def add_run(results: dict[str, Any], name: str, run: Run) -> None:
     known["corpus"] = run.corpus
     for key in ("peak_rss_mb", "slowest_s"):
         known[key] = max(known.get(key, 0), getattr(run, key))
-    longest = known.get("longest_run", {})
-    if run.wall_s >= longest.get("wall_s", 0):
-        known["longest_run"] = {"wall_s": run.wall_s, "rss_mb": list(run.rss_mb)}
+    known["last_run"] = {"wall_s": run.wall_s, "rss_mb": list(run.rss_mb)}
     known["findings"] = sorted({*known.get("findings", ()), *run.findings})
 
 

@@ -48,9 +48,9 @@ def load_figure(results: dict[str, Any]) -> Figure:
         values = [row["health"]["uploading"]["grpc"][key] for row in rows]
         right.bar([p + 0.26 * (shift - 1) for p in places], values, 0.24, color=colour, label=title)
     right.axhline(_TARGET_MS, color=_OTHER, linestyle=":", linewidth=1.2, label="target for p99")
-    right.set_yscale("log")
+    right.set_ylim(top=1.1 * max(_TARGET_MS, *right.get_ylim()))
     right.set_xticks(list(places), [str(each) for each in clients])
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="center left")
     return figure
 
 

@@ -201,6 +201,9 @@ class Observer(Protocol):
             changed: whether the network had changed them.
         """
 
+    def harmed(self, call: Call) -> None:
+        """It is about to meet a fault."""
+
     def tampered(self, call: Call) -> None:
         """Its answer is changed."""
 
@@ -262,6 +265,7 @@ class Network:
 
     async def _harmed(self, call: Call, fault: Fault) -> list[bytes]:
         what, number = fault.what, fault.number
+        self._observer.harmed(call)
         if what == "lose request":
             self._count(call, "request")
             raise _unavailable("connection reset")

@@ -75,6 +75,7 @@ class Oracle:
         self._announced: dict[tuple[str, Attempt], bytes] = {}
         self._changed_below = False
         self._changed_above = False
+        self._releases_hit: set[Attempt] = set()
         self._sums: dict[int, bytes] = {}
         self._rows: dict[Attempt, tuple[Any, ...]] = {}
         self._models: dict[int, bytes] = {}
@@ -156,6 +157,12 @@ class Oracle:
         honest = name not in self._liars[attempt] and not self._world.has_lost_its_disk(name)
         same = sent == receipt.upload_digest
         self._require(same or not honest, f"{name} encrypted twice for {attempt}")
+
+    def harmed(self, call: Call) -> None:
+        """A call is about to meet a fault, before anything of it is changed."""
+        if call.name == "Release":
+            asked = key_holder_pb.ReleaseRequest.FromString(call.requests[0])
+            self._releases_hit.add(_attempt(asked.manifest.context))
 
     def tampered(self, call: Call) -> None:
         """An answer is changed on its way."""
@@ -320,21 +327,26 @@ class Oracle:
         self._require(all(row.state in FINAL for row in rows), "a round never ended")
         for entry in _all(server):
             if entry.event == "round-voided":
-                number = json.loads(entry.details)["round"]
-                self._require(self._may_void(), f"round {number} was voided for nothing")
+                details = json.loads(entry.details)
+                attempt = (details["round"], details["attempt"])
+                self._require(self._may_void(attempt), f"round {attempt} was voided for nothing")
         for row in rows:
-            changed = self._changed_below
-            expected = row.state is RoundState.DONE or changed or self._may_abort(row.reason)
-            self._require(expected, f"an attempt failed: {row.reason}")
+            attempt = (row.round_number, row.attempt)
+            done = row.state is RoundState.DONE
+            expected = done or self._changed_below or self._may_fail(attempt, row.reason)
+            self._require(expected, f"attempt {attempt} failed: {row.reason}")
         self._require_tidy(server, key_holder)
 
-    def _may_abort(self, reason: str) -> bool:
+    def _may_fail(self, attempt: Attempt, reason: str) -> bool:
         """An attempt comes to nothing for want of clients, or of a key holder, and no other way."""
-        return reason.partition(":")[0] in _MAY_ABORT or self._may_void()
+        return reason.partition(":")[0] in _MAY_ABORT or self._may_void(attempt)
 
-    def _may_void(self) -> bool:
-        """A sum that was handed over is lost only if the key holder's answer was, three times."""
-        return self._world.hit_release or self._world.is_revoked_at(KEY_HOLDER)
+    def _may_void(self, attempt: Attempt) -> bool:
+        """A sum that was handed over is lost only with the answer to it, or a revoked client."""
+        judged_at = self._judged_at.get(attempt, float("inf"))
+        revoked_at = (self._world.revoked_at(KEY_HOLDER, name) for name in self._honest[attempt])
+        revoked = any(judged_at <= at < float("inf") for at in revoked_at)
+        return revoked or attempt in self._releases_hit
 
     def _require_tidy(self, server: ServerProcess, key_holder: KeyHolderProcess) -> None:
         folder = self._world.folder

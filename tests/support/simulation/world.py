@@ -115,7 +115,7 @@ class World:
         self.rosters = {role: cohort.ChangingRoster(_enrolment()) for role in self.addresses}
         self.attempts = ATTEMPTS
         self.full: set[str] = set()
-        self.aborted = self.ended = self.hit_release = False
+        self.aborted = self.ended = False
         self.operations: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self._machine = Owner()
@@ -132,7 +132,6 @@ class World:
         self._sketches: dict[Any, Sketch] = {}
         self.oracle = Oracle(self)
         faults = [each for each in run.happenings if isinstance(each, Fault)]
-        self.hit_release = any(each.method == "Release" for each in faults)
         self.network = Network(faults, self.delay, self.oracle)
         self.clients = [Client(self, index) for index in range(run.clients)]
         for each in run.happenings:
@@ -199,10 +198,6 @@ class World:
     def is_revoked(self, name: str) -> bool:
         """Whether anybody refuses this client."""
         return any((role, name) in self._revoked for role in self.rosters)
-
-    def is_revoked_at(self, role: str) -> bool:
-        """Whether anybody is refused there."""
-        return any(where == role for where, _ in self._revoked)
 
     def has_lost_its_disk(self, name: str) -> bool:
         """Whether a client does not know any more what it has sent; "two uploads" is as good."""
