@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow docs lint proto proto-check bench secaggplus gallery privacy recommender \
+.PHONY: help setup demo test test-slow docs lint proto proto-check bench bench-smoke secaggplus gallery privacy recommender \
 	simulate fuzz promises network load soak dashboards images scenario lock audit release clean
 
 help: ## Show this help
@@ -58,6 +58,9 @@ bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into t
 	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
 	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
 	$(BIN)/python -m secagg_bench.readme
+
+bench-smoke: $(STAMP) ## Run every scenario of the benchmark suite on a toy (a minute)
+	$(BIN)/secagg-bench run --smoke --output build/bench-smoke
 
 secaggplus: $(STAMP) ## Measure a round beside Flower's SecAgg+, into the documentation (10 minutes)
 	$(BIN)/python -m secagg_bench.secaggplus --output bench/results/secaggplus.json

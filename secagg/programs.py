@@ -13,7 +13,7 @@ from importlib import import_module
 from secagg.errors import ConfigurationError
 from secagg.extras import missing
 
-__all__ = ["client", "key_holder", "secagg", "server"]
+__all__ = ["bench", "client", "key_holder", "secagg", "server"]
 
 
 def secagg() -> None:
@@ -34,6 +34,11 @@ def key_holder() -> None:
 def client() -> None:
     """The `secagg-client` command."""
     _start("secagg_client", "client")
+
+
+def bench() -> None:
+    """The `secagg-bench` command."""
+    _start("secagg_bench.suite", "bench")
 
 
 def _start(package: str, extra: str) -> None:

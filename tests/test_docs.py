@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import secagg.cli
+import secagg_bench.suite.cli
 import secagg_client.cli
 import secagg_keyholder.cli
 import secagg_recommender.interactions  # noqa: F401 - adds its error to the tree
@@ -44,6 +45,7 @@ PROGRAMS = {
     "secagg-server": secagg_server.cli.app,
     "secagg-keyholder": secagg_keyholder.cli.app,
     "secagg-client": secagg_client.cli.app,
+    "secagg-bench": secagg_bench.suite.cli.app,
 }
 
 

@@ -22,6 +22,7 @@ from typer.main import get_command
 
 import secagg
 import secagg.cli
+import secagg_bench.suite.cli
 import secagg_client.cli
 import secagg_keyholder.cli
 import secagg_server.cli
@@ -137,6 +138,7 @@ def test_every_command_and_option_is_in_the_reference(hooks: Hooks) -> None:
         check("secagg-server", get_command(secagg_server.cli.app)),
         check("secagg-keyholder", get_command(secagg_keyholder.cli.app)),
         check("secagg-client", get_command(secagg_client.cli.app)),
+        check("secagg-bench", get_command(secagg_bench.suite.cli.app)),
     ]
     assert sum(counts) > 30
 

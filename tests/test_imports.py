@@ -140,17 +140,22 @@ def test_every_installed_command_starts_in_programs() -> None:
     from secagg import programs
 
     starts = {name: place.partition(":") for name, place in PROJECT["scripts"].items()}
-    assert starts.keys() == {"secagg", "secagg-server", "secagg-keyholder", "secagg-client"}
+    programs_of_all = ("secagg", "secagg-server", "secagg-keyholder", "secagg-client")
+    assert starts.keys() == {*programs_of_all, "secagg-bench"}
     for module, _, function in starts.values():
         assert module == "secagg.programs"
         assert function in programs.__all__
 
 
-@pytest.mark.parametrize("program", ["secagg", "server", "key_holder", "client"])
+@pytest.mark.parametrize("program", ["secagg", "server", "key_holder", "client", "bench"])
 def test_sigterm_ends_a_program_that_does_not_serve_yet(program: str) -> None:
     """By an exit of its own: a signal's default action would not end the first process there is."""
-    package = {"key_holder": "secagg_keyholder"}.get(program, f"secagg_{program}")
-    package = "secagg" if program == "secagg" else package
+    others = {
+        "secagg": "secagg",
+        "key_holder": "secagg_keyholder",
+        "bench": "secagg_bench.suite",
+    }
+    package = others.get(program, f"secagg_{program}")
     code = f"""
 import os, signal, sys, types
 def app():

@@ -42,7 +42,7 @@ PACKAGES = {
     "secagg_keyholder",
     "secagg_bench",
 }
-PROGRAMS = {"secagg", "secagg-server", "secagg-keyholder", "secagg-client"}
+PROGRAMS = {"secagg", "secagg-server", "secagg-keyholder", "secagg-client", "secagg-bench"}
 NODES, ROUNDS = 5, 3  # of the Flower example
 EXAMPLES = (320, 480, 640, 320, 480)  # 4 of 5 of 400, 600, 800, 400, 600
 _UV = Path(sys.executable).parent / "uv"  # comes with flwr
@@ -217,6 +217,7 @@ def test_exact_analytics_run_on_the_library_alone(alone: Environment, tmp_path: 
         ("secagg-server", "server"),
         ("secagg-keyholder", "keyholder"),
         ("secagg-client", "client"),
+        ("secagg-bench", "bench"),
     ],
 )
 def test_a_program_without_its_extra_names_it(

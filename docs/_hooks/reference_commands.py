@@ -9,6 +9,7 @@ from reference_text import code, plain, table
 from typer.main import get_command
 
 import secagg.cli
+import secagg_bench.suite.cli
 import secagg_client.cli
 import secagg_keyholder.cli
 import secagg_server.cli
@@ -20,6 +21,7 @@ _APPS = {
     "secagg-server": secagg_server.cli.app,
     "secagg-keyholder": secagg_keyholder.cli.app,
     "secagg-client": secagg_client.cli.app,
+    "secagg-bench": secagg_bench.suite.cli.app,
 }
 _SHELL = {"--install-completion", "--show-completion", "--help"}
 

@@ -7,6 +7,7 @@ that this is.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import subprocess
 import sys
@@ -41,14 +42,16 @@ def interpreter(system: str, folder: Path = FOLDER) -> Path:
     home = folder.resolve() / system
     python, stamp = home / "bin" / "python", home / "made-from"
     wanted = hashlib.sha256(sys.version.encode() + requirements.read_bytes()).hexdigest()
-    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
-        _make(system, home, python, requirements)
-        stamp.write_text(wanted, encoding="utf-8")  # last: what is half made has none
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_suffix(".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes meanwhile waits, and finds it made
+        if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
+            _make(system, home, python, requirements)
+            stamp.write_text(wanted, encoding="utf-8")  # last: what is half made has none
     return python
 
 
 def _make(system: str, home: Path, python: Path, requirements: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
     here = (sys.executable, "-m")
     commands: list[tuple[str | Path, ...]] = [
         (*here, "venv", "--clear", "--without-pip", home),
