@@ -176,7 +176,9 @@ def affordable(epsilon: float, delta: float) -> float:
         # Epsilon is the least of many lines in rho, whose slopes are the orders: the line that is
         # least here lies above the others' least everywhere, so that a step along it falls short.
         middle = low + (1 - 1e-13) * (epsilon - level) / order
-        if middle >= high:  # only from where epsilon is 0 and no line is
+        if level <= 0.0:  # no line is least where epsilon is 0, and it may be for long
+            middle = 2 * low
+        if middle >= high:
             middle = (low + high) / 2
         if middle - low <= 1e-12 * low:
             return low

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from secagg_bench.demo.results import METRIC_SYSTEMS
 from secagg_bench.load.report import hostile_table, soak_table, uploads_table
 from secagg_bench.network.report import table as network_table
 from secagg_bench.robustness import fuzzing, simulation
+from secagg_bench.suite.report import growth_table, table
+from secagg_bench.suite.rows import Row, read
 
 __all__ = ["PAGES", "rendered"]
 
@@ -22,8 +26,18 @@ PAGES = (
     ROOT / "docs" / "recommender.md",
     ROOT / "docs" / "how-to" / "flower.md",
     ROOT / "docs" / "robustness.md",
+    ROOT / "docs" / "benchmarks.md",
 )
 """What has such tables."""
+_SUITE: dict[str, tuple[Callable[[list[Row]], str], str]] = {
+    "sizes": (table, "sizes"),
+    "growth": (growth_table, "sizes"),
+    "bits": (partial(table, to="secagg, 8 bits"), "bits"),
+    "layers": (table, "layers"),
+    "paillier": (table, "paillier"),
+    "masks": (table, "masks"),
+    "checks": (table, "checks"),
+}
 _KEYS = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
 
 
@@ -45,12 +59,27 @@ def rendered(page: str) -> str:
         "soak": (soak_table, "soak"),
     }
     for name, (render, file) in blocks.items():
-        before, opening, rest = page.partition(f"<!-- {name} -->\n")
-        if opening:
-            results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-            _, closing, after = rest.partition(f"<!-- /{name} -->")
-            page = before + opening + render(results) + closing + after
+        page = _filled(page, name, partial(_from_json, render, file))
+    for name, (show, scenario) in _SUITE.items():
+        page = _filled(page, f"suite {name}", partial(_from_rows, show, scenario))
     return page
+
+
+def _filled(page: str, name: str, text: Callable[[], str]) -> str:
+    """A page with a block of this name made anew, where it has one."""
+    before, opening, rest = page.partition(f"<!-- {name} -->\n")
+    if not opening:
+        return page
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    return before + opening + text() + closing + after
+
+
+def _from_json(render: Callable[[dict[str, Any]], str], file: str) -> str:
+    return render(json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8")))
+
+
+def _from_rows(show: Callable[[list[Row]], str], scenario: str) -> str:
+    return show(read(RESULTS / "suite" / f"{scenario}.csv"))
 
 
 def _costs(results: dict[str, Any]) -> str:

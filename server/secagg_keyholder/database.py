@@ -149,8 +149,8 @@ def as_error(kind: type[SecaggError], path: Path) -> Iterator[None]:
     """Turn what SQLite and the disk raise into an error that says what to do about the file."""
     try:
         yield
-    # SQLite's own words about a damaged file need not be text.
-    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+    # SQLite's own words about a damaged file need not be text, and it may ask for any memory.
+    except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:
         # Not the error's text: it may quote a statement.
         what = getattr(error, "sqlite_errorname", None) or getattr(error, "strerror", None)
         raise kind(
@@ -207,6 +207,11 @@ def _version(db: sqlite3.Connection) -> int:
 
 def _check_version(db: sqlite3.Connection, path: Path) -> None:
     version = _version(db)
+    if version < 0:
+        raise ConfigurationError(
+            f"expected a ledger; {path} has version {version}, as no ledger has; it is damaged: "
+            "take a backup"
+        )
     if version > len(MIGRATIONS):
         raise ConfigurationError(
             f"expected a ledger of version {len(MIGRATIONS)} or older; {path} has version "

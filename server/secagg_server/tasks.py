@@ -12,7 +12,7 @@ from secagg.accounting import Budget
 from secagg.context import check_task_id
 from secagg.errors import ConfigurationError
 from secagg.optimisers import Optimiser
-from secagg.parameters import FloatSegment, IntegerSegment, Plan
+from secagg.parameters import MAX_COHORT, FloatSegment, IntegerSegment, Plan
 from secagg.planner import make_plan
 from secagg.privacy import release_rho
 from secagg.wire.codec import (
@@ -119,10 +119,11 @@ class TaskSpec:
                 f"expected target_clients from {self.plan.min_clients} to "
                 f"{self.plan.max_clients}; got target_clients={self.target_clients}"
             )
-        if self.selected_clients and self.selected_clients < self.target_clients:
+        drawn = self.selected_clients
+        if drawn and not self.target_clients <= drawn <= MAX_COHORT:
             raise ConfigurationError(
-                f"expected selected_clients of at least target_clients={self.target_clients}, or 0 "
-                f"for everybody; got selected_clients={self.selected_clients}"
+                f"expected selected_clients from target_clients={self.target_clients} to "
+                f"{MAX_COHORT}, or 0 for everybody; got selected_clients={drawn}"
             )
         if len([s for s in self.plan.segments if isinstance(s, FloatSegment)]) > 1:
             raise ConfigurationError("expected at most one segment of floats in a task: its model")

@@ -21,7 +21,7 @@ from secagg.planner import plan_tensors
 from secagg_bench.peers import driving, environments
 from secagg_bench.peers.driving import Opened, Peer, Step, Upload
 from secagg_bench.peers.systems.paillier import Packing
-from secagg_bench.peers.worker import NORM, Clock, Times, update_of
+from secagg_bench.peers.worker import NORM, Clock, Times, Worker, update_of
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "bench" / "secagg_bench" / "peers" / "worker.py"
@@ -244,6 +244,23 @@ def test_a_bad_command_is_answered_and_ends_the_worker(
     assert answers[-1]["error_kind"] == kind
     assert says in answers[-1]["message"]
     assert all("error_kind" not in each for each in answers[:-1])
+
+
+def test_a_round_may_bring_other_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The worker's own way to its systems, for this process.
+    monkeypatch.syspath_prepend(str(Path(driving.__file__).parent))
+    worker, seen = Worker("plaintext"), []
+    common = {"do": "set up", "shapes": SHAPES, "clients": CLIENTS, "options": {}}
+    worker.answer(common | {"seed": 1})
+    for seed in (None, 2, None):
+        worker.answer({"do": "round", "seed": seed})
+        worker.answer({"do": "client", "number": 0})
+        seen.append(b"".join(worker._made[0]))
+    wanted = [
+        b"".join(each.tobytes() for each in update_of(seed, 0, SHAPES).values())
+        for seed in (1, 2, 2)
+    ]
+    assert seen == wanted
 
 
 def test_an_upload_counts_once_a_round() -> None:

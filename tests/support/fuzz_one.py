@@ -21,7 +21,6 @@ from random import Random
 from typing import NoReturn
 
 import atheris
-import numpy as np
 import structlog
 
 __all__ = ["place_of"]
@@ -50,20 +49,22 @@ _MOST_CPU_S = 5.0
 
 # In the order of `dis.cmp_op`.
 _COMPARISONS = (*(operator.lt, operator.le, operator.eq, operator.ne, operator.gt, operator.ge),)
+_PLAIN = (int, str, bytes)
 
 
 @cache
-def _spare_arrays() -> None:
-    """Compare arrays as Python does: atheris 3.0.0 never frees what its own comparison gives.
+def _trace_plain_values() -> None:
+    """Have atheris compare what it learns from alone, and all else be compared as Python does.
 
+    Version 3.0.0 never frees what a comparison gives, such as an array, or an expression of SQL.
     For the first input: what compares is put into its place by `atheris.Fuzz`.
     """
     traced = atheris._trace_cmp
 
     def compared(left: object, right: object, how: int, *rest: object) -> object:
-        if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
-            return _COMPARISONS[how](left, right)
-        return traced(left, right, how, *rest)
+        if isinstance(left, _PLAIN) and isinstance(right, _PLAIN):
+            return traced(left, right, how, *rest)
+        return _COMPARISONS[how](left, right)
 
     atheris._trace_cmp = compared
 
@@ -85,7 +86,7 @@ def _main(name: str, findings: Path, arguments: list[str]) -> None:
             chosen.one(seed)
 
     def one(data: bytes) -> None:
-        _spare_arrays()
+        _trace_plain_values()
         started = time.process_time()
         try:
             chosen.one(data)

@@ -136,7 +136,7 @@ class Peer:
         Args:
             shapes: of the tensors of an update, by name.
             clients: of the cohort.
-            seed: of all updates.
+            seed: of the updates, until `round` has another one.
             options: of the system; see its module.
 
         Raises:
@@ -147,9 +147,13 @@ class Peer:
         )
         return SetUp(**answer)
 
-    def round(self) -> Step:
-        """Begin another round."""
-        return Step(**self._ask("round"))
+    def round(self, seed: int | None = None) -> Step:
+        """Begin another round.
+
+        Args:
+            seed: of the updates from now on; those that there were when omitted.
+        """
+        return Step(**self._ask("round", seed=seed))
 
     def client(self, number: int) -> Upload:
         """Have a client protect its update."""

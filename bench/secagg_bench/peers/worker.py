@@ -7,7 +7,8 @@ A command is a line of JSON with ``do``; its answer is another. Steps of a round
 
 * ``set up`` with ``shapes`` (by name), ``clients``, ``seed`` and ``options`` of the system: keys
   that last, and whatever is loaded. Answers ``versions``, the system's own under ``system``.
-* ``round``: forget the last one; keys of this one, where the system has any.
+* ``round``: forget the last one; keys of this one, where the system has any. With a ``seed``, of
+  the updates from now on.
 * ``client`` with ``number``: quantise, encrypt, serialise. What it made is kept until it is added.
   Answers ``bytes``.
 * ``add`` with ``number``: the server parses it, checks it and adds it to the sum.
@@ -241,8 +242,9 @@ class Worker:
             raise ValueError("expected to be set up first")
         return self._system
 
-    def _round(self) -> dict[str, Any]:
+    def _round(self, seed: int | None = None) -> dict[str, Any]:
         system = self._ready()
+        self._seed = self._seed if seed is None else seed
         self._made, self._added, self._mean = {}, [], None
         return self._clock.step(system.round)[1]
 

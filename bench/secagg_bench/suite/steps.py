@@ -112,22 +112,24 @@ class _Entry:
             UnavailableError: it cannot be had, or has failed; it is gone then.
         """
         try:
-            warm = self._peer is not None
             if self._peer is None:
-                self._peer = self._stack.enter_context(
-                    Peer(self.contender.system, core=self._core, folder=self._folder)
-                )
-            found = self._peer.set_up(
-                shapes, clients=clients, seed=seed, options=dict(self.contender.options)
-            )
-            self.version = _version(found.versions)
-            if not warm:
-                _round(self._peer, clients)
-            return _round(self._peer, clients)
+                self._peer = self._begun(shapes, clients, seed)
+            return _round(self._peer, clients, seed)
         except UnavailableError:
             self.gone = True
             self.leave()
             raise
+
+    def _begun(self, shapes: Shapes, clients: int, seed: int) -> Peer:
+        peer = self._stack.enter_context(
+            Peer(self.contender.system, core=self._core, folder=self._folder)
+        )
+        found = peer.set_up(
+            shapes, clients=clients, seed=seed, options=dict(self.contender.options)
+        )
+        self.version = _version(found.versions)
+        _round(peer, clients, seed)
+        return peer
 
     def leave(self) -> None:
         """End its worker."""
@@ -135,8 +137,8 @@ class _Entry:
         self._peer = None
 
 
-def _round(peer: Peer, clients: int) -> dict[Metric, float]:
-    peer.round()
+def _round(peer: Peer, clients: int, seed: int) -> dict[Metric, float]:
+    peer.round(seed)
     uploads = [peer.client(number) for number in range(clients)]
     added = [peer.add(number) for number in range(clients)][1:] or [Step(0.0, 0.0, {}, {})]
     return _figures(uploads, added, peer.open(), peer.error())
