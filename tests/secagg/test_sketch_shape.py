@@ -82,7 +82,8 @@ def test_direction_rows_find_what_they_look_for(plan: Plan) -> None:
     assert plan.norm_check is not None
     norm = (1 + plan.norm_check.margin) * layout.norm
     largest = norm * math.sqrt(shape.digits / layout.values)
-    assert shape.sampled == 1 or shape.sampled * largest <= layout.base / 2.5
+    most = layout.base / 2.5 * (1 + 1e-12)  # may be reached, but for the rounding of floats
+    assert shape.sampled == 1 or shape.sampled * largest <= most
     assert shape.bytes == shape.rows * (9 + 4096 * 6)
 
 
