@@ -172,7 +172,11 @@ def test_the_wheel_holds_the_packages_typed_and_licensed_and_nothing_else(
     assert {Path(name).name for name in page} == {
         *("page.html", "page.css", "page.js", "icon.svg", "__init__.py")
     }
-    assert {Path(name).suffix for name in {*code} - page} <= {".py", ".pyi", ".typed"}
+    suite = {name for name in code if re.fullmatch(r"secagg_bench/.*\.(toml|txt)", name)}
+    assert {Path(name).name for name in suite} == {
+        *("scenarios.toml", "nvflare_he.txt", "paillier.txt")
+    }
+    assert {Path(name).suffix for name in {*code} - page - suite} <= {".py", ".pyi", ".typed"}
     assert set(re.findall(r"^(\S+) = secagg\.programs:", scripts, re.MULTILINE)) == PROGRAMS
 
 

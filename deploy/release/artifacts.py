@@ -25,8 +25,9 @@ from deploy.release.lock import BUILD
 
 __all__ = ["build", "check_sdist", "check_wheel", "commit_time", "sha256"]
 
-# Code, its stubs and marker, and what the operator's page is made of.
+# Code, its stubs and marker, what the operator's page is made of, and what benchmarks are told of.
 _IN_PACKAGES = {".py", ".pyi", ".typed", ".html", ".css", ".js", ".svg"}
+_IN_BENCHMARKS = {".toml", ".txt"}
 
 
 def commit_time(folder: Path) -> int:
@@ -131,7 +132,8 @@ def check_wheel(wheel: Path, project: Project) -> None:
         )
     for entry in entries:
         path = PurePosixPath(entry.filename)
-        if path.parts[0] != info and path.suffix not in _IN_PACKAGES:
+        more = _IN_BENCHMARKS if path.parts[0] == "secagg_bench" else set()
+        if path.parts[0] != info and path.suffix not in _IN_PACKAGES | more:
             raise ReleaseError(
                 f"expected code alone in {wheel.name}; it has {path}; keep it out of the package, "
                 "or name its kind in deploy/release/artifacts.py"
