@@ -328,14 +328,18 @@ def unaccounted(image: Image) -> list[str]:
 
 
 def _project_files(layer: Layer) -> set[str]:
-    """Python of the project, its pages, and its programs: code, no data."""
+    """Python of the project, its pages, its programs, and what its benchmarks run: no data."""
     code = re.compile(
         _SITE.pattern
         + r"secagg(_\w+)?[-/].*(\.pyi?|\.(html|css|js|svg)|py\.typed"
         + r"|METADATA|WHEEL|LICENSE|entry_points\.txt)$"
     )
+    bench = re.compile(
+        _SITE.pattern + r"secagg_bench/(suite/scenarios\.toml|peers/requirements/\w+\.txt)$"
+    )
     program = re.compile(r"^opt/secagg/bin/secagg(-\w+)?$")
-    return {path for path in layer.entries if code.match(path) or program.match(path)}
+    kinds = (code, bench, program)
+    return {path for path in layer.entries if any(kind.match(path) for kind in kinds)}
 
 
 def uncompiled(image: Image) -> list[str]:
