@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prv_accountant.dpsgd import DPSGDAccountant
 from scipy import optimize
 
+from secagg import accounting
 from secagg.accounting import (
     Budget,
     affordable,
@@ -150,6 +151,25 @@ def test_affordable_undoes_spent(rho: float, delta: float) -> None:
     epsilon = spent(rho, delta)
     if epsilon > 1e-3:
         assert affordable(epsilon, delta) == pytest.approx(rho, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta"), [(1e-6, 4e-2), (1e-9, 0.5), (1e-3, 0.9), (0.1, 0.99), (1e-12, 1e-12)]
+)
+def test_affordable_does_not_creep_where_epsilon_is_zero(
+    monkeypatch: pytest.MonkeyPatch, epsilon: float, delta: float
+) -> None:
+    asked, search = [], accounting._epsilon_and_order
+
+    def counted(rho: float, at: float) -> tuple[float, float]:
+        asked.append(rho)
+        assert len(asked) <= 500, "once it was 46 014 for the first of these"
+        return search(rho, at)
+
+    monkeypatch.setattr(accounting, "_epsilon_and_order", counted)
+    accounting.affordable.cache_clear()
+    rho = accounting.affordable(epsilon, delta)
+    assert spent(rho, delta) <= epsilon < spent(rho * (1 + 1e-9), delta)
 
 
 @settings(max_examples=25, deadline=None)

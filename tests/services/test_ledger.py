@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -1333,3 +1334,23 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=25)
 TestAnySequence = Machine.TestCase
+
+
+def test_a_file_that_makes_sqlite_ask_for_all_memory_is_an_error_about_the_file(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "ledger.sqlite3"
+    with (
+        pytest.raises(ConfigurationError, match=r"ledger\.sqlite3: MemoryError"),
+        database.as_error(ConfigurationError, file),
+    ):
+        raise MemoryError
+
+
+def test_a_ledger_of_a_version_below_zero_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite3"
+    Database(file).close()
+    with contextlib.closing(sqlite3.connect(file)) as opened:
+        opened.execute("PRAGMA user_version = -1")
+    with pytest.raises(ConfigurationError, match="it is damaged"):
+        Database(file)
