@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -1350,7 +1349,7 @@ def test_a_file_that_makes_sqlite_ask_for_all_memory_is_an_error_about_the_file(
 def test_a_ledger_of_a_version_below_zero_is_damaged(tmp_path: Path) -> None:
     file = tmp_path / "ledger.sqlite3"
     Database(file).close()
-    with contextlib.closing(sqlite3.connect(file)) as opened:
+    with closing(sqlite3.connect(file)) as opened:
         opened.execute("PRAGMA user_version = -1")
     with pytest.raises(ConfigurationError, match="it is damaged"):
         Database(file)
