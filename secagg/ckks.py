@@ -26,12 +26,12 @@ def encrypt(coefficients: NDArray[np.int64], public: Residues, key: Residues) ->
     out = np.empty(public.shape, dtype=np.uint64)
     key_plain = ring.plaintext(key)
     for batch in ring.batches(public.shape[0]):
-        message = ring.load(ring.with_constant(ring.lift(coefficients[batch])), ntt=False)
+        message = ring.load(coefficients[batch], ntt=False)
         ring.EVALUATOR.transform_to_ntt_inplace(message)
-        mask = ring.load(ring.with_constant(public[batch]), ntt=True)
+        mask = ring.load(public[batch], ntt=True)
         ring.EVALUATOR.multiply_plain_inplace(mask, key_plain)
         ring.EVALUATOR.sub_inplace(message, mask)
-        out[batch] = ring.dump(message)[:-1]
+        out[batch] = ring.dump(message)
     return out
 
 
@@ -49,10 +49,10 @@ def decrypt(ciphertexts: Residues, public: Residues, key: Residues) -> NDArray[n
     out = np.empty(public.shape, dtype=np.int64)
     key_plain = ring.plaintext(key)
     for batch in ring.batches(public.shape[0]):
-        mask = ring.load(ring.with_constant(public[batch]), ntt=True)
+        mask = ring.load(public[batch], ntt=True)
         ring.EVALUATOR.multiply_plain_inplace(mask, key_plain)
-        opened = ring.load(ring.with_constant(ciphertexts[batch]), ntt=True)
+        opened = ring.load(ciphertexts[batch], ntt=True)
         ring.EVALUATOR.add_inplace(opened, mask)
         ring.EVALUATOR.transform_from_ntt_inplace(opened)
-        out[batch] = ring.centre(ring.dump(opened)[:-1])
+        out[batch] = ring.centre(ring.dump(opened))
     return out

@@ -12,11 +12,14 @@ milliseconds at most (15 polynomials).
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import struct
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import tenseal.sealapi as seal
@@ -38,10 +41,10 @@ __all__ = [
     "load",
     "plaintext",
     "to_ntt",
-    "with_constant",
 ]
 
 Residues = NDArray[np.uint64]
+Integers = NDArray[np.int64]
 
 # SEAL ciphertexts hold at most 16 polynomials and at least 2. One is kept for a constant, so that
 # a batch of one is allowed and SEAL never sees an all-zero ("transparent") ciphertext.
@@ -52,6 +55,7 @@ _MAGIC, _VERSION = 0xA15E, (4, 3)
 _UNCOMPRESSED, _ZSTD = 0, 2
 _SHAPE = struct.Struct("<4QBQQQdQ")  # parms id, NTT form, polynomials, N, primes, scale, correction
 _RESIDUES_AT = _SHAPE.size + _HEADER.size + 8
+_INBOX_BYTES = _HEADER.size + _RESIDUES_AT + 8 * RING_DEGREE * (_BATCH + 1)
 
 
 def _context() -> seal.SEALContext:
@@ -70,20 +74,43 @@ _PARMS_ID = CONTEXT.first_parms_id()
 EVALUATOR = seal.Evaluator(CONTEXT)
 
 
-class _ScratchFile:
-    """A file that SEAL can open by name. Secrets pass through it, and never stay."""
+class _Inbox:
+    """A file that SEAL can read by name, written in place. Secrets pass through it, and never stay.
+
+    Attributes:
+        path: its name.
+    """
 
     def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):
-            self._descriptor = os.memfd_create("secagg")
-            self.path = f"/proc/self/fd/{self._descriptor}"
-        else:  # pragma: no cover - not on Linux
-            self._descriptor, self.path = tempfile.mkstemp()
+        self._descriptor, self.path = _scratch_file()
+        os.ftruncate(self._descriptor, _INBOX_BYTES)
+        self._map = mmap.mmap(self._descriptor, _INBOX_BYTES)
 
-    def put(self, data: bytes) -> str:
-        self.clear()
-        os.pwrite(self._descriptor, data, 0)
-        return self.path
+    @contextlib.contextmanager
+    def holding(self, head: bytes, polynomials: int) -> Iterator[Residues]:
+        """A file that begins with ``head``; its polynomials are for the caller to write.
+
+        Yields:
+            uint64 (polynomials, 4096), which is wiped in the end.
+        """
+        self._map[: len(head)] = head
+        size = polynomials * RING_DEGREE
+        # SEAL's heads are not of whole words: numpy writes to such places, if a little slower.
+        residues = np.frombuffer(self._map, "<u8", size, len(head)).reshape(-1, RING_DEGREE)
+        try:
+            yield residues
+        finally:
+            residues.fill(0)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Outbox:
+    """A file that SEAL can write by name."""
+
+    def __init__(self) -> None:
+        self._descriptor, self.path = _scratch_file()
 
     def take(self) -> bytes:
         data = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
@@ -97,94 +124,123 @@ class _ScratchFile:
         os.close(self._descriptor)
 
 
+def _scratch_file() -> tuple[int, str]:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("secagg")
+        return descriptor, f"/proc/self/fd/{descriptor}"
+    return tempfile.mkstemp()  # pragma: no cover - not on Linux
+
+
 class _Scratch(threading.local):
-    """One scratch file for each thread of each process.
+    """Scratch files of each thread of each process.
 
     A forked child shares its parent's open files: two processes that wrote to one scratch file
     could encrypt under each other's keys.
     """
 
     def __init__(self) -> None:
-        self._owner, self._file = os.getpid(), _ScratchFile()
+        self._owner = 0
+
+    def _own(self) -> None:
+        if self._owner != os.getpid():
+            self._owner, self._inbox, self._outbox = os.getpid(), _Inbox(), _Outbox()
 
     @property
-    def file(self) -> _ScratchFile:
-        if self._owner != os.getpid():
-            self._owner, self._file = os.getpid(), _ScratchFile()
-        return self._file
+    def inbox(self) -> _Inbox:
+        self._own()
+        return self._inbox
+
+    @property
+    def outbox(self) -> _Outbox:
+        self._own()
+        return self._outbox
 
 
 _SCRATCH = _Scratch()
-
-
-def _serialised(polynomials: Residues, *, ntt: bool) -> bytes:
-    """SEAL's file format of a ciphertext that consists of these polynomials."""
-    data = np.ascontiguousarray(polynomials, dtype="<u8").tobytes()
-    shape = _SHAPE.pack(*_PARMS_ID, ntt, polynomials.shape[0], RING_DEGREE, 1, 1.0, 1)
-    array = _header(_HEADER.size + 8 + len(data)) + struct.pack("<Q", polynomials.size)
-    return _header(_HEADER.size + len(shape) + len(array) + len(data)) + shape + array + data
 
 
 def _header(total: int) -> bytes:
     return _HEADER.pack(_MAGIC, _HEADER.size, *_VERSION, _UNCOMPRESSED, 0, total)
 
 
-def load(polynomials: Residues, *, ntt: bool) -> seal.Ciphertext:
-    """A SEAL ciphertext that consists of these 2 to 16 polynomials, uint64 (count, 4096).
+@lru_cache(maxsize=64)
+def _ciphertext_head(polynomials: int, *, ntt: bool) -> bytes:
+    """SEAL's file format of a ciphertext, up to its polynomials."""
+    count = polynomials * RING_DEGREE
+    shape = _SHAPE.pack(*_PARMS_ID, ntt, polynomials, RING_DEGREE, 1, 1.0, 1)
+    array = _header(_HEADER.size + 8 + 8 * count) + struct.pack("<Q", count)
+    total = _HEADER.size + len(shape) + len(array) + 8 * count
+    return _header(total) + shape + array
+
+
+def load(
+    polynomials: Integers | Residues, *, ntt: bool, constant: bool = True
+) -> seal.Ciphertext:
+    """A SEAL ciphertext that consists of these polynomials.
+
+    Args:
+        polynomials: (count, 4096), 1 to 15 of them: uint64 below q, or int64 of magnitudes below q.
+        ntt: whether they are in SEAL's NTT form.
+        constant: whether a last one follows that is never zero, as `dump` expects. It is for SEAL's
+            sake, which refuses ciphertexts of one polynomial, or of zeros.
 
     Raises:
         RuntimeError: SEAL refuses them; a residue is q or more.
     """
-    ciphertext, scratch = seal.Ciphertext(), _SCRATCH.file
-    try:
-        ciphertext.load(CONTEXT, scratch.put(_serialised(polynomials, ntt=ntt)))
-    finally:
-        scratch.clear()
+    ciphertext, inbox, count = seal.Ciphertext(), _SCRATCH.inbox, polynomials.shape[0]
+    parts = count + constant
+    with inbox.holding(_ciphertext_head(parts, ntt=ntt), parts) as residues:
+        if polynomials.dtype == np.int64:
+            lift(polynomials, out=residues[:count])
+        else:
+            residues[:count] = polynomials
+        residues[count:] = 1
+        ciphertext.load(CONTEXT, inbox.path)
     return ciphertext
 
 
 def dump(ciphertext: seal.Ciphertext) -> Residues:
-    """The polynomials of a SEAL ciphertext, uint64 (count, 4096), below q; not writable."""
-    scratch = _SCRATCH.file
-    ciphertext.save(scratch.path)
-    stored = scratch.take()
+    """What `load` loaded: uint64 (count, 4096), below q, without the last one; not writable."""
+    outbox = _SCRATCH.outbox
+    ciphertext.save(outbox.path)
+    stored = outbox.take()
     magic, size, _, _, compression, _, total = _HEADER.unpack_from(stored)
     if magic != _MAGIC or total != len(stored) or compression not in (_UNCOMPRESSED, _ZSTD):
         raise RuntimeError("SEAL wrote a file of an unknown format; is tenseal 0.3.18 installed?")
-    body = stored[size:]
+    body = memoryview(stored)[size:]
     if compression == _ZSTD:
-        body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
-    return np.frombuffer(body, dtype="<u8", offset=_RESIDUES_AT).reshape(-1, RING_DEGREE)
+        most = _RESIDUES_AT + 8 * ciphertext.size() * RING_DEGREE
+        body = zstandard.ZstdDecompressor().decompress(body, max_output_size=most)
+    return np.frombuffer(body, "<u8", offset=_RESIDUES_AT).reshape(-1, RING_DEGREE)[:-1]
 
 
 def plaintext(polynomial: Residues) -> seal.Plaintext:
     """One polynomial in NTT form as a SEAL plaintext of scale 1."""
-    data = np.ascontiguousarray(polynomial, dtype="<u8").tobytes()
-    array = _header(_HEADER.size + 8 + len(data)) + struct.pack("<Q", polynomial.size)
-    body = struct.pack("<4QQd", *_PARMS_ID, polynomial.size, 1.0) + array + data
-    plain, scratch = seal.Plaintext(), _SCRATCH.file
-    try:
-        plain.load(CONTEXT, scratch.put(_header(_HEADER.size + len(body)) + body))
-    finally:
-        scratch.clear()
+    array = _header(_HEADER.size + 8 + 8 * polynomial.size) + struct.pack("<Q", polynomial.size)
+    shape = struct.pack("<4QQd", *_PARMS_ID, polynomial.size, 1.0)
+    head = _header(_HEADER.size + len(shape) + len(array) + 8 * polynomial.size) + shape + array
+    plain, inbox = seal.Plaintext(), _SCRATCH.inbox
+    with inbox.holding(head, 1) as residues:
+        residues[0] = polynomial
+        plain.load(CONTEXT, inbox.path)
     return plain
 
 
-def lift(coefficients: NDArray[np.int64]) -> Residues:
-    """Signed coefficients of magnitude below q as residues."""
-    return np.where(coefficients < 0, coefficients + MODULUS, coefficients).view(np.uint64)
+def lift(coefficients: Integers, out: Residues | None = None) -> Residues:
+    """Signed coefficients of magnitude below q as residues, in ``out`` where it is given."""
+    negative = coefficients >> np.int64(63)  # all bits where it is negative
+    negative &= np.int64(MODULUS)
+    out = np.empty(coefficients.shape, dtype=np.uint64) if out is None else out
+    np.add(coefficients, negative, out=out.view(np.int64))
+    return out
 
 
-def centre(residues: Residues) -> NDArray[np.int64]:
+def centre(residues: Residues) -> Integers:
     """Residues as signed integers in (-q/2, q/2)."""
-    signed = residues.astype(np.int64)
-    return np.where(signed > MODULUS // 2, signed - MODULUS, signed)
-
-
-def with_constant(polynomials: Residues) -> Residues:
-    """These polynomials and a last one that is never zero, for SEAL's sake."""
-    last = np.ones((1, RING_DEGREE), dtype=np.uint64)
-    return np.concatenate([polynomials, last])
+    above = (residues > np.uint64(MODULUS // 2)).astype(np.int64)
+    above *= -MODULUS
+    above += residues.view(np.int64)
+    return above
 
 
 def batches(blocks: int) -> Iterator[slice]:
@@ -192,7 +248,7 @@ def batches(blocks: int) -> Iterator[slice]:
     return (slice(at, min(at + _BATCH, blocks)) for at in range(0, blocks, _BATCH))
 
 
-def to_ntt(polynomials: NDArray[np.int64]) -> Residues:
+def to_ntt(polynomials: Integers) -> Residues:
     """Exact NTT of signed integer polynomials.
 
     Args:
@@ -203,13 +259,13 @@ def to_ntt(polynomials: NDArray[np.int64]) -> Residues:
     """
     out = np.empty(polynomials.shape, dtype=np.uint64)
     for batch in batches(polynomials.shape[0]):
-        ciphertext = load(with_constant(lift(polynomials[batch])), ntt=False)
+        ciphertext = load(polynomials[batch], ntt=False)
         EVALUATOR.transform_to_ntt_inplace(ciphertext)
-        out[batch] = dump(ciphertext)[:-1]
+        out[batch] = dump(ciphertext)
     return out
 
 
-def from_ntt(residues: Residues) -> NDArray[np.int64]:
+def from_ntt(residues: Residues) -> Integers:
     """The exact inverse of `to_ntt`.
 
     Args:
@@ -225,7 +281,7 @@ def coefficients(residues: Residues) -> Residues:
     """The same, as residues: uint64 of the same shape, below q."""
     out = np.empty(residues.shape, dtype=np.uint64)
     for batch in batches(residues.shape[0]):
-        ciphertext = load(with_constant(residues[batch]), ntt=True)
+        ciphertext = load(residues[batch], ntt=True)
         EVALUATOR.transform_from_ntt_inplace(ciphertext)
-        out[batch] = dump(ciphertext)[:-1]
+        out[batch] = dump(ciphertext)
     return out

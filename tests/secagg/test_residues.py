@@ -147,13 +147,13 @@ def test_reading_the_sum_in_between_changes_nothing(plan: list[bool], seed: int)
 def test_the_sum_equals_seals_evaluator() -> None:
     evaluator = seal.Evaluator(ring.CONTEXT)
     total = ResidueSum(1)
-    theirs = ring.load(ring.with_constant(np.zeros((1, 4096), np.uint64)), ntt=True)
+    theirs = ring.load(np.zeros((1, 4096), np.uint64), ntt=True)
     for count in range(1, 301):
         addend = uniform(count, 1)
         total.add(addend)
-        evaluator.add_inplace(theirs, ring.load(ring.with_constant(addend), ntt=True))
+        evaluator.add_inplace(theirs, ring.load(addend, ntt=True))
         if count in (1, 2, 255, 256, 257, 300):
-            assert np.array_equal(total.value(), ring.dump(theirs)[:-1])
+            assert np.array_equal(total.value(), ring.dump(theirs))
 
 
 def test_the_value_is_a_copy() -> None:

@@ -66,7 +66,7 @@ def plaintext_residues(plain: seal.Plaintext) -> Residues:
 
 def ciphertext(first: Residues, second: Residues) -> seal.Ciphertext:
     """An ordinary two-part CKKS ciphertext (c, a) in NTT form."""
-    return ring.load(np.stack([first, second]), ntt=True)
+    return ring.load(np.stack([first, second]), ntt=True, constant=False)
 
 
 def root_of_unity() -> int:
