@@ -17,7 +17,7 @@ from secagg import ckks, ring
 from secagg.context import RoundContext
 from secagg.errors import ContextError, InputError, SchemaError
 from secagg.onetime import errors, fresh_seed, message_salt, secret
-from secagg.packing import pack
+from secagg.packing import largest, pack
 from secagg.parameters import Plan
 from secagg.quantize import Contribution, Quantized, quantize
 from secagg.receipts import NO_COMMITMENT, Receipt, SigningKey
@@ -112,7 +112,7 @@ def encrypt_quantized(
     for layout, most, part in zip(
         context.plan.upload_layouts, context.plan.upload_abs, parts, strict=True
     ):
-        if part.shape != (layout.values,) or np.abs(part).max(initial=0) > most:
+        if part.shape != (layout.values,) or largest(part) > most:
             raise InputError(
                 f"expected {layout.values} integers of magnitude up to {most}; got others; "
                 "quantise with the round's plan"

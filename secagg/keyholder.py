@@ -284,7 +284,7 @@ class KeyHolder:
             ReleaseError: the residues are not the sum of these uploads; the second time, the round
                 is closed.
         """
-        name = digest("manifest", *sorted(upload_digests), residues.tobytes())
+        name = digest("manifest", *sorted(upload_digests), _bytes_of(residues))
         if self._released is not None:
             if self._released[0] != name:
                 raise ClosedError("expected the manifest already released; one release a round")
@@ -343,7 +343,7 @@ class KeyHolder:
         if self._released is not None:
             return
         self._check_cohort(upload_digests)
-        name = digest("manifest check", *sorted(upload_digests), low.tobytes())
+        name = digest("manifest check", *sorted(upload_digests), _bytes_of(low))
         seeds = [self._seeds[each] for each in upload_digests]
         self._guarded(name, _check_sum, self.context, seeds, low)
 
@@ -404,6 +404,10 @@ class KeyHolder:
 
 # Module level, and free of the round key: they may run in another process. By their names they
 # are timed.
+
+
+def _bytes_of(numbers: NDArray[np.uint64] | NDArray[np.uint32]) -> memoryview:
+    return np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
 
 
 def _is_sum(plan: Plan, residues: NDArray[np.uint64]) -> bool:

@@ -25,7 +25,16 @@ __all__ = ["errors", "fresh_seed", "message_salt", "secret"]
 
 def message_salt(context_digest: bytes, message: Iterable[NDArray[np.int64]]) -> bytes:
     """32 bytes that name a message and its round; see :func:`fresh_seed`."""
-    return digest("message", context_digest, *(part.tobytes() for part in message))
+    return digest("message", context_digest, *(_narrowed(part) for part in message))
+
+
+def _narrowed(integers: NDArray[np.int64]) -> bytes:
+    """In as few bytes each as they take: a plan has so many that hashing them whole would show.
+
+    Their number is the plan's, so that the length tells the width.
+    """
+    most = max(int(integers.max(initial=0)), ~int(integers.min(initial=0)))
+    return integers.astype(np.min_scalar_type(~most)).tobytes()
 
 
 def fresh_seed(salt: bytes, purpose: Literal["key", "errors"] = "key") -> bytes:

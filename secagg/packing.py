@@ -9,13 +9,17 @@ secrets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from secagg.errors import InputError, ReleaseError
 from secagg.parameters import RING_DEGREE, Layout
 
-__all__ = ["balanced_digits", "pack", "unpack"]
+__all__ = ["balanced_digits", "largest", "pack", "unpack"]
+
+_PASS_BLOCKS = 8
 
 
 def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -35,15 +39,24 @@ def pack(layout: Layout, values: NDArray[np.int64]) -> NDArray[np.int64]:
             f"expected {layout.values} integers; got shape={values.shape}; quantise with the "
             "round's plan"
         )
-    slots = np.zeros(layout.blocks * layout.digits * RING_DEGREE, dtype=np.int64)
-    slots[: values.size] = values
-    digits = slots.reshape(layout.blocks, layout.digits, RING_DEGREE)
-    coefficients = digits[:, -1, :].copy()
-    for index in reversed(range(layout.digits - 1)):
-        coefficients *= layout.base
-        coefficients += digits[:, index, :]
-    coefficients <<= layout.shift
-    return coefficients
+    out = np.empty((layout.blocks, RING_DEGREE), dtype=np.int64)
+    for blocks in _passes(layout.blocks):
+        coefficients, digits = out[blocks], _digits_of(layout, values, blocks)
+        coefficients[...] = digits[:, -1, :]
+        for index in reversed(range(layout.digits - 1)):
+            coefficients *= layout.base
+            coefficients += digits[:, index, :]
+        coefficients <<= layout.shift
+    return out
+
+
+def _digits_of(layout: Layout, values: NDArray[np.int64], blocks: slice) -> NDArray[np.int64]:
+    """The values that go into these blocks: (blocks, digits, 4096), zero beyond the last one."""
+    size = layout.digits * RING_DEGREE
+    found = values[blocks.start * size : blocks.stop * size]
+    short = (blocks.stop - blocks.start) * size - found.size
+    padded = np.pad(found, (0, short)) if short else found
+    return padded.reshape(-1, layout.digits, RING_DEGREE)
 
 
 def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
@@ -60,22 +73,29 @@ def unpack(layout: Layout, coefficients: NDArray[np.int64], clients: int) -> NDA
     Raises:
         ReleaseError: the coefficients are not a sum of honest uploads under the right keys.
     """
-    grid = (coefficients + (1 << (layout.shift - 1))) >> layout.shift
-    if _largest(coefficients - (grid << layout.shift)) > layout.guard:
+    values = np.empty((layout.blocks, layout.digits, RING_DEGREE), dtype=np.int64)
+    noise = 0
+    for blocks in _passes(layout.blocks):
+        part = coefficients[blocks]
+        grid = (part + (1 << (layout.shift - 1))) >> layout.shift
+        values[blocks] = balanced_digits(layout, grid)
+        grid <<= layout.shift
+        noise = max(noise, largest(part - grid))
+    if noise > layout.guard:
         raise ReleaseError(
             "expected every coefficient of the sum on the grid; got noise beyond the guard: an "
             "upload is missing, repeated, foreign or damaged; abort and collect the round again"
         )
-    values = balanced_digits(layout, grid).reshape(-1)
+    slots = values.reshape(-1)
     most = clients * layout.max_abs + layout.summed_noise(clients) + layout.tolerance
     # Padding counts for the norm check like anything else, and is held to what that may let pass:
     # else one client could stop every round, unnamed, with a single step where no value is.
-    if _largest(values) > most or np.abs(values[layout.values :]).max(initial=0) > layout.tolerance:
+    if largest(slots) > most or largest(slots[layout.values :]) > layout.tolerance:
         raise ReleaseError(
             "expected every summed value within the planned range and padding of zero; got one "
             "beyond: a client did not follow the plan; abort and collect the round again"
         )
-    return values[: layout.values]
+    return slots[: layout.values]
 
 
 def balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -99,5 +119,11 @@ def balanced_digits(layout: Layout, grid: NDArray[np.int64]) -> NDArray[np.int64
     return digits
 
 
-def _largest(values: NDArray[np.int64]) -> int:
-    return max(int(values.max()), -int(values.min()))
+def largest(values: NDArray[np.int64]) -> int:
+    """The largest magnitude; 0 of nothing."""
+    return max(int(values.max(initial=0)), -int(values.min(initial=0)))
+
+
+def _passes(blocks: int) -> Iterator[slice]:
+    """So many blocks at a time as stay in a level-2 cache."""
+    return (slice(at, min(at + _PASS_BLOCKS, blocks)) for at in range(0, blocks, _PASS_BLOCKS))

@@ -14,7 +14,7 @@ __all__ = ["flush", "locked", "make_folder", "open_to_others", "remove_drafts", 
 _DRAFT = ".draft"
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes | memoryview) -> None:
     """Put a file in place in one step, mode 0600; missing folders are made.
 
     Raises:

@@ -401,12 +401,20 @@ def _round(
     Kairouz, Liu and Steinke 2021, section 4.1). It is biased by no more than how rarely it happens.
     """
     limit, longest = segment.max_abs, honest_norm(segment)
-    saturated = int(np.count_nonzero(np.abs(steps) > limit))
-    bounded = np.clip(steps, -limit, limit).astype(np.float64)
+    bounded = np.clip(steps, -limit, limit)
+    saturated = int(np.count_nonzero(bounded != steps))
+    rounded = np.empty(steps.size, dtype=np.int64)
     for _ in range(_ROUNDINGS):
-        rounded = np.floor(bounded + randomness.uint32(steps.size) * 2.0**-32)
-        if float(rounded @ rounded) <= longest**2:
-            return Quantized(rounded.astype(np.int64), clipped, saturated)
+        energy = 0.0  # a sum of whole numbers: exact in any order
+        for start in range(0, steps.size, _VALUES_PER_PASS):
+            part = bounded[start : start + _VALUES_PER_PASS]
+            up = randomness.uint32(part.size) * 2.0**-32
+            up += part
+            np.floor(up, out=up)
+            energy += float(up @ up)
+            rounded[start : start + _VALUES_PER_PASS] = up
+        if energy <= longest**2:
+            return Quantized(rounded, clipped, saturated)
     raise RuntimeError("no rounding was within the bound that all but one of 10**8 are")
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "multiply",
     "narrow",
     "reduced",
+    "unpacked",
     "widen",
 ]
 
@@ -55,18 +56,25 @@ def widen(data: bytes | bytearray | memoryview, blocks: int) -> NDArray[np.uint6
             f"expected exactly {blocks * BLOCK_BYTES} bytes ({blocks} polynomials of "
             f"{BLOCK_BYTES} bytes); got bytes={len(data)}; send the chunk whole and unpadded"
         )
-    # An unaligned view of stride 7 reads one byte past each residue; the copy gives the last one
-    # a byte to read.
-    padded = bytes(data) + b"\0"
-    view = np.ndarray((blocks * RING_DEGREE,), "<u8", padded, 0, (RESIDUE_BYTES,))
-    residues = view & _MASK
-    if residues.size and residues.max() >= _Q:
+    residues = unpacked(data)
+    if residues.max(initial=0) >= _Q:
         first = int(np.argmax(residues >= _Q))
         raise MalformedError(
             f"expected residues below q={MODULUS}; the residue at block={first // RING_DEGREE}, "
             f"position={first % RING_DEGREE} is not; reduce modulo q before sending"
         )
     return residues.reshape(blocks, RING_DEGREE)
+
+
+def unpacked(data: bytes | bytearray | memoryview) -> NDArray[np.uint64]:
+    """Words of 7 bytes, little endian, of any value: uint64 of shape (len(data) // 7,)."""
+    out = np.empty(len(data) // RESIDUE_BYTES, dtype=np.uint64)
+    if out.size:
+        # An unaligned view reads one byte past each word; past the last one there may be none.
+        out[:-1] = np.ndarray((out.size - 1,), "<u8", data, 0, (RESIDUE_BYTES,))
+        out[-1] = int.from_bytes(data[-RESIDUE_BYTES:], "little")
+        out &= _MASK
+    return out
 
 
 def narrow(residues: NDArray[np.uint64]) -> bytes:

@@ -173,14 +173,13 @@ def _ciphertext_head(polynomials: int, *, ntt: bool) -> bytes:
     return _header(total) + shape + array
 
 
-def load(
-    polynomials: Integers | Residues, *, ntt: bool, constant: bool = True
-) -> seal.Ciphertext:
+def load(polynomials: Integers | Residues, *, ntt: bool, constant: bool = True) -> seal.Ciphertext:
     """A SEAL ciphertext that consists of these polynomials.
 
     Args:
-        polynomials: (count, 4096), 1 to 15 of them: uint64 below q, or int64 of magnitudes below q.
-        ntt: whether they are in SEAL's NTT form.
+        polynomials: (count, 4096), 1 to 15 of them: in SEAL's NTT form, uint64 below q; otherwise
+            int64, magnitudes below q.
+        ntt: which of the two.
         constant: whether a last one follows that is never zero, as `dump` expects. It is for SEAL's
             sake, which refuses ciphertexts of one polynomial, or of zeros.
 
@@ -190,10 +189,10 @@ def load(
     ciphertext, inbox, count = seal.Ciphertext(), _SCRATCH.inbox, polynomials.shape[0]
     parts = count + constant
     with inbox.holding(_ciphertext_head(parts, ntt=ntt), parts) as residues:
-        if polynomials.dtype == np.int64:
-            lift(polynomials, out=residues[:count])
-        else:
+        if ntt:
             residues[:count] = polynomials
+        else:
+            lift(polynomials.view(np.int64), out=residues[:count])
         residues[count:] = 1
         ciphertext.load(CONTEXT, inbox.path)
     return ciphertext
@@ -207,7 +206,7 @@ def dump(ciphertext: seal.Ciphertext) -> Residues:
     magic, size, _, _, compression, _, total = _HEADER.unpack_from(stored)
     if magic != _MAGIC or total != len(stored) or compression not in (_UNCOMPRESSED, _ZSTD):
         raise RuntimeError("SEAL wrote a file of an unknown format; is tenseal 0.3.18 installed?")
-    body = memoryview(stored)[size:]
+    body: bytes | memoryview = memoryview(stored)[size:]
     if compression == _ZSTD:
         most = _RESIDUES_AT + 8 * ciphertext.size() * RING_DEGREE
         body = zstandard.ZstdDecompressor().decompress(body, max_output_size=most)

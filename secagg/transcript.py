@@ -8,6 +8,7 @@ of fields share an encoding. Must never be fed floats: callers fix their own exa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 
 __all__ = ["DIGEST_BYTES", "PROTOCOL", "Field", "digest", "encode"]
 
@@ -16,7 +17,8 @@ PROTOCOL = "secagg/1"
 
 DIGEST_BYTES = 32
 
-Field = bytes | str | int
+Field = bytes | memoryview | str | int
+"""A memory view, of bytes, stands for them without a copy."""
 
 
 def encode(label: str, *fields: Field) -> bytes:
@@ -24,23 +26,33 @@ def encode(label: str, *fields: Field) -> bytes:
 
     Integers are 8 bytes, little endian, in [0, 2**64). Strings are UTF-8.
     """
-    parts = [_prefixed(f"{PROTOCOL}/{label}".encode())]
-    parts.extend(_prefixed(_field(field)) for field in fields)
-    return b"".join(parts)
+    return b"".join(_encoded(label, fields))
 
 
 def digest(label: str, *fields: Field) -> bytes:
     """SHA-256 of :func:`encode`, 32 bytes."""
-    return hashlib.sha256(encode(label, *fields)).digest()
+    running = hashlib.sha256()
+    for part in _encoded(label, fields):
+        running.update(part)
+    return running.digest()
 
 
-def _field(field: Field) -> bytes:
+def _encoded(label: str, fields: Sequence[Field]) -> Iterator[bytes | memoryview]:
+    """Pieces whose concatenation is the encoding; a large field is one of them as it is."""
+    name = f"{PROTOCOL}/{label}".encode()
+    yield from (_length(len(name)), name)
+    for field in fields:
+        kind, data = _field(field)
+        yield from (_length(1 + len(data)), kind, data)
+
+
+def _field(field: Field) -> tuple[bytes, bytes | memoryview]:
     if isinstance(field, str):
-        return b"s" + field.encode()
+        return b"s", field.encode()
     if isinstance(field, int):
-        return b"i" + field.to_bytes(8, "little")
-    return b"b" + field
+        return b"i", field.to_bytes(8, "little")
+    return b"b", field
 
 
-def _prefixed(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + data
+def _length(size: int) -> bytes:
+    return size.to_bytes(8, "little")

@@ -50,7 +50,7 @@ class Upload:
     """
 
     admission: Admission
-    payload: bytes = field(repr=False)
+    payload: bytes | memoryview = field(repr=False)
 
     def validate(self, context: RoundContext) -> NDArray[np.uint64]:
         """Check an untrusted upload from cheap to dear and return its residues.

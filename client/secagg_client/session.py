@@ -484,7 +484,7 @@ class ClientSession:
         }
         for index in missing:
             self._switch.require_on()
-            data = upload.payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+            data = bytes(upload.payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
             chunk = pb.PutChunkRequest(**name, chunk_index=index, data=data)
             self._call(self._stub.PutChunk, chunk)
         self._switch.require_on()

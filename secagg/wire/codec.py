@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -418,13 +419,19 @@ def admission_from_wire(message: round_pb2.Admission) -> Admission:
 
 def upload_to_bytes(upload: Upload) -> bytes:
     """A whole upload as one message."""
-    return round_pb2.WholeUpload(
-        admission=admission_to_wire(upload.admission), payload=upload.payload
-    ).SerializeToString()
+    head = round_pb2.WholeUpload(admission=admission_to_wire(upload.admission))
+    tag = _payload_tag(len(upload.payload))
+    return b"".join((head.SerializeToString(), tag, upload.payload))
 
 
 def upload_from_bytes(data: bytes, plan: Plan) -> Upload:
     """A whole upload of the sizes that a plan gives it; not yet verified.
+
+    Of megabytes of ciphertext nothing is copied: the payload must come last, as every encoder
+    writes it, and stays where it is.
+
+    Returns:
+        An upload whose payload is a view of ``data``.
 
     Raises:
         MalformedError: no such message, or one of other sizes.
@@ -435,9 +442,22 @@ def upload_from_bytes(data: bytes, plan: Plan) -> Upload:
             f"expected an upload of {plan.payload_bytes} bytes, and at most "
             f"{_MOST_ADMISSION_BYTES} more; got bytes={len(data)}; encrypt with the round's plan"
         )
-    message = parse(round_pb2.WholeUpload, data)
-    payload = exact("payload", message.payload, plan.payload_bytes)
-    return Upload(admission_from_wire(message.admission), payload)
+    tag, start = _payload_tag(plan.payload_bytes), len(data) - plan.payload_bytes
+    if data[max(start - len(tag), 0) : start] != tag:
+        raise MalformedError(
+            f"expected an upload that ends with a payload of {plan.payload_bytes} bytes; it does "
+            "not; encrypt with the round's plan"
+        )
+    message = parse(round_pb2.WholeUpload, data[: start - len(tag)])
+    if message.payload:
+        raise MalformedError("expected one payload; got two; encrypt with the round's plan")
+    return Upload(admission_from_wire(message.admission), memoryview(data)[start:])
+
+
+@lru_cache(maxsize=64)
+def _payload_tag(size: int) -> bytes:
+    """What stands before a payload of so many bytes: the field's number, and its length."""
+    return round_pb2.WholeUpload(payload=bytes(size)).SerializeToString()[: -size or None]
 
 
 def verdict_to_wire(verdict: Verdict) -> round_pb2.NormVerdict:

@@ -26,7 +26,9 @@ class BlobStore:
         """Bytes that are left on the disk."""
         return shutil.disk_usage(self._root).free
 
-    def put_chunk(self, context: ContextId, upload_digest: bytes, index: int, data: bytes) -> bool:
+    def put_chunk(
+        self, context: ContextId, upload_digest: bytes, index: int, data: bytes | memoryview
+    ) -> bool:
         """Store one checked chunk of an upload; whether it was not there before."""
         path = self._upload(context, upload_digest) / str(index)
         new = not path.exists()

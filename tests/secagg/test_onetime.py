@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secagg import onetime
 from secagg.onetime import errors, fresh_seed, message_salt, secret
@@ -101,3 +103,21 @@ def test_the_expansion_is_stable() -> None:
     # A change of these values is a change of protocol: key holder and client would disagree.
     assert secret(bytes(32))[:12].tolist() == [-1, 1, 1, 0, -1, -1, 1, 0, 1, 1, 0, 1]
     assert errors(bytes(32), 1)[0, :8].tolist() == [1, -6, -1, -2, -4, 1, -5, -4]
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4), st.integers(0, 3))
+def test_messages_that_differ_have_salts_that_differ(numbers: list[int], place: int) -> None:
+    message = np.array(numbers, dtype=np.int64)
+    changed = message.copy()
+    changed[place % message.size] ^= 1
+    assert message_salt(CONTEXT, [message]) == message_salt(CONTEXT, [message.copy()])
+    assert message_salt(CONTEXT, [message]) != message_salt(CONTEXT, [changed])
+
+
+@pytest.mark.parametrize("value", [127, 128, 255, 256, 32767, 32768, 2**31, 2**32, 2**62])
+def test_a_salt_tells_a_number_from_itself_modulo_a_width(value: int) -> None:
+    message = np.array([value, 0], dtype=np.int64)
+    for width in (8, 16, 32):
+        wrapped = (message + (1 << (width - 1))) % (1 << width) - (1 << (width - 1))
+        same = np.array_equal(wrapped, message)
+        assert (message_salt(CONTEXT, [wrapped]) == message_salt(CONTEXT, [message])) == same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import tracemalloc
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from secagg.context import ContextId
 from secagg.errors import ConfigurationError, ContextError, MalformedError, PlanError
+from secagg.keyholder import KeyHolder
 from secagg.optimisers import LEARNING_RATES, Optimiser
 from secagg.parameters import (
     Compression,
@@ -33,7 +35,7 @@ from secagg.parameters import (
 from secagg.planner import PRIVATE_MARGIN, make_plan
 from secagg.receipts import Receipt
 from secagg.sealing import SEALED_SEED_BYTES
-from secagg.upload import Admission
+from secagg.upload import Admission, Upload
 from secagg.verdicts import Verdict
 from secagg.wire import codec
 from secagg.wire.v1 import operator_service_pb2, plan_pb2, round_pb2
@@ -814,3 +816,61 @@ def test_a_refused_sum_does_not_say_its_value() -> None:
     with pytest.raises(MalformedError) as caught:
         codec.sums_from_bytes(codec.sums_to_bytes(sums), plan)
     assert "123456789" not in str(caught.value)
+
+
+# --- whole uploads ------------------------------------------------------------------------------
+
+
+@functools.cache
+def whole() -> tuple[Plan, Upload, bytes]:
+    context = KeyHolder(cohort.counts_plan()).context
+    upload = cohort.encrypted(context, 0)
+    return context.plan, upload, codec.upload_to_bytes(upload)
+
+
+def test_a_whole_upload_is_the_message_that_protobuf_writes() -> None:
+    plan, upload, data = whole()
+    message = codec.parse(round_pb2.WholeUpload, data)
+    assert message.SerializeToString(deterministic=True) == data
+    assert (message.payload, len(message.payload)) == (upload.payload, plan.payload_bytes)
+    assert codec.upload_from_bytes(data, plan) == upload
+
+
+def test_the_payload_of_a_whole_upload_is_not_copied() -> None:
+    plan, _, data = whole()
+    codec.upload_from_bytes(data, plan)
+    tracemalloc.start()
+    codec.upload_from_bytes(data, plan)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < plan.payload_bytes / 2
+
+
+def test_a_whole_upload_whose_payload_does_not_come_last_is_refused() -> None:
+    plan, upload, data = whole()
+    admission = data[: -plan.payload_bytes - 4]
+    assert codec.upload_from_bytes(data, plan) == upload
+    with pytest.raises(MalformedError, match="ends with a payload"):
+        codec.upload_from_bytes(data[len(admission) :] + admission, plan)
+
+
+def test_a_whole_upload_with_two_payloads_is_refused() -> None:
+    plan, _, data = whole()
+    twice = round_pb2.WholeUpload(payload=b"another").SerializeToString() + data
+    with pytest.raises(MalformedError, match="one payload"):
+        codec.upload_from_bytes(twice, plan)
+
+
+@given(st.data())
+def test_a_byte_changed_before_the_payload_is_refused_or_read_as_it_stands(
+    data: st.DataObject,
+) -> None:
+    plan, _, sent = whole()
+    head = len(sent) - plan.payload_bytes
+    place, value = data.draw(st.integers(0, head - 1)), data.draw(st.integers(0, 255))
+    changed = sent[:place] + bytes([value]) + sent[place + 1 :]
+    try:
+        found = codec.upload_from_bytes(changed, plan)
+    except MalformedError:
+        return
+    assert found.payload == sent[head:]

@@ -470,7 +470,7 @@ def _resigned(scene: Scene) -> list[Upload]:
 
 def _resealed(scene: Scene) -> list[Upload]:
     """Somebody's bytes with a seal of the thief's own: the key does not fit."""
-    return [scene.signed(scene.honest[0].payload, scene.rng.bytes(32))]
+    return [scene.signed(bytes(scene.honest[0].payload), scene.rng.bytes(32))]
 
 
 def _twins(scene: Scene) -> list[Upload]:

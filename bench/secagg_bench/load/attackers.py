@@ -120,7 +120,9 @@ def _never_finishes(attack: _Attack) -> None:
                         pb.OpenUploadRequest(admission=admission_to_wire(upload.admission)), **how
                     )
                     for index in range(current.context.plan.chunks):
-                        data = upload.payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+                        data = bytes(
+                            upload.payload[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+                        )
                         stub.PutChunk(
                             pb.PutChunkRequest(**name, chunk_index=index, data=data), **how
                         )
