@@ -31,6 +31,7 @@ from secagg.parameters import MODULUS, RING_DEGREE
 __all__ = [
     "CONTEXT",
     "EVALUATOR",
+    "Ciphertext",
     "Residues",
     "batches",
     "centre",
@@ -45,6 +46,7 @@ __all__ = [
 
 Residues = NDArray[np.uint64]
 Integers = NDArray[np.int64]
+Ciphertext = seal.Ciphertext
 
 # SEAL ciphertexts hold at most 16 polynomials and at least 2. One is kept for a constant, so that
 # a batch of one is allowed and SEAL never sees an all-zero ("transparent") ciphertext.
