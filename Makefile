@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/secagg/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow docs lint proto proto-check bench bench-smoke secaggplus gallery privacy recommender \
+.PHONY: help setup demo test test-slow docs lint proto proto-check bench bench-smoke gallery privacy recommender \
 	simulate fuzz promises network load soak dashboards images scenario lock audit release clean
 
 help: ## Show this help
@@ -54,17 +54,14 @@ proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what i
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=build/proto $(filter %_service.proto,$(PROTOS))
 	diff -r -x __init__.py -x __pycache__ build/proto/secagg/wire/v1 secagg/wire/v1
 
-bench: $(STAMP) ## Measure encryption and the norm check against TenSEAL, into the README
-	$(BIN)/python -m secagg_bench.crypto --output bench/results/crypto.json
+bench: $(STAMP) ## Measure everything beside the alternatives, into pages and figures (an hour; slow lines need root)
+	$(BIN)/secagg-bench run
 	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
+	$(BIN)/python -m secagg_bench.suite.figures
 	$(BIN)/python -m secagg_bench.readme
 
-bench-smoke: $(STAMP) ## Run every scenario of the benchmark suite on a toy (a minute)
+bench-smoke: $(STAMP) ## Run every scenario of the benchmark suite on a toy (minutes)
 	$(BIN)/secagg-bench run --smoke --output build/bench-smoke
-
-secaggplus: $(STAMP) ## Measure a round beside Flower's SecAgg+, into the documentation (10 minutes)
-	$(BIN)/python -m secagg_bench.secaggplus --output bench/results/secaggplus.json
-	$(BIN)/python -m secagg_bench.readme
 
 gallery: $(STAMP) ## Measure what poisoning does and what stops it (needs SECAGG_DATA_DIR, minutes)
 	$(BIN)/python -m secagg_bench.gallery.run

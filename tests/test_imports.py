@@ -181,7 +181,7 @@ programs.{program}()
         ("secagg_server.embedded", "grpc", "service"),
         ("secagg_keyholder.app", "grpc", "keyholder"),
         ("secagg_recommender.factorisation", "torch", "client"),
-        ("secagg_bench.crypto", "matplotlib", "bench"),
+        ("secagg_bench.check_cost", "matplotlib", "bench"),
         ("secagg.flower", "flwr", "flower"),
         ("secagg.nvflare", "nvflare", "nvflare"),
     ],

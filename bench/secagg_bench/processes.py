@@ -19,6 +19,7 @@ from secagg_server.operator import Operator
 
 __all__ = ["Program", "Services", "provisioned", "running_services"]
 
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.02
@@ -114,11 +115,15 @@ class Services:
         return Operator(self.admin, Kit.load(self.kits / "operators" / "admin", Role.OPERATOR))
 
 
-def provisioned(folder: Path, clients: int) -> Path:
-    """Kits for one machine, below ``folder``, made at the first call; their folder."""
+def provisioned(folder: Path, clients: int, address: str = LOOPBACK) -> Path:
+    """Kits for one machine, below ``folder``, made at the first call; their folder.
+
+    Args:
+        address: at which the server is found, beside loopback.
+    """
     kits = folder / "federation"
     if not kits.exists():
-        hosts = ("localhost", "127.0.0.1")
+        hosts = tuple(dict.fromkeys(("localhost", LOOPBACK, address)))
         names = [f"client-{number + 1}" for number in range(clients)]
         Federation.create(kits, server_hosts=hosts, key_holder_hosts=hosts, clients=names)
     return kits
@@ -129,11 +134,13 @@ def _start(
     arguments: Sequence[str],
     folder: Path,
     environment: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> tuple[Program, dict[str, str]]:
     ready = folder / f"{module.partition('.')[0]}.ready"
     ready.unlink(missing_ok=True)
     log = folder / f"{module.partition('.')[0]}.log"
-    program = Program(module, ["run", "--ready-file", str(ready), *arguments], log, environment)
+    words = ["run", "--ready-file", str(ready), *arguments]
+    program = Program(module, words, log, environment, within=within)
     try:
         program.wait_for(ready.exists)
     except UnavailableError:
@@ -150,29 +157,34 @@ def running_services(
     *,
     key_holder_port: int = 0,
     environment: Mapping[str, str] | None = None,
+    address: str = LOOPBACK,
+    within: Sequence[str] = (),
 ) -> Iterator[Services]:
-    """A key holder and a server on free loopback ports, over mutual TLS.
+    """A key holder and a server on free ports, over mutual TLS.
 
     Args:
         folder: for kits, data and logs.
         clients: how many to enrol.
         environment: variables on top of this process's, such as further settings.
+        address: where the server listens; the key holder, and the server's monitor, are on
+            loopback.
+        within: a command that runs another in a place of its own, in front of both.
 
     Raises:
         UnavailableError: one of them did not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kits = provisioned(folder, clients)
+    kits = provisioned(folder, clients, address)
     with contextlib.ExitStack() as stack:
-        arguments = ["--listen", f"127.0.0.1:{key_holder_port}", "--kit", str(kits / "keyholder")]
+        arguments = ["--listen", f"{LOOPBACK}:{key_holder_port}", "--kit", str(kits / "keyholder")]
         arguments += ["--passphrase-file", str(kits / "custodians" / "passphrase")]
         arguments += ["--state-dir", str(folder / "keyholder"), "--monitor-listen", "off"]
-        key_holder, opened = _start("secagg_keyholder.cli", arguments, folder, environment)
+        key_holder, opened = _start("secagg_keyholder.cli", arguments, folder, environment, within)
         stack.callback(key_holder.stop)
-        arguments = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
+        arguments = ["--listen", f"{address}:0", "--admin-listen", f"{address}:0"]
         arguments += ["--kit", str(kits / "server"), "--data-dir", str(folder / "server")]
-        arguments += ["--key-holder", opened["listen"], "--monitor-listen", "127.0.0.1:0"]
-        server, served = _start("secagg_server.cli", arguments, folder, environment)
+        arguments += ["--key-holder", opened["listen"], "--monitor-listen", f"{LOOPBACK}:0"]
+        server, served = _start("secagg_server.cli", arguments, folder, environment, within)
         stack.callback(server.stop)
         programs = (key_holder, server)
         yield Services(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,55 +15,96 @@ from secagg_bench.demo.results import METRIC_SYSTEMS
 from secagg_bench.load.report import hostile_table, soak_table, uploads_table
 from secagg_bench.network.report import table as network_table
 from secagg_bench.robustness import fuzzing, simulation
-from secagg_bench.suite.report import growth_table, table
+from secagg_bench.suite.figures import FIGURES
+from secagg_bench.suite.profile import table as profile_table
+from secagg_bench.suite.report import (
+    OURS,
+    growth_table,
+    limit_table,
+    summary_table,
+    table,
+    targets_table,
+)
+from secagg_bench.suite.rounds_report import lines_table, rounds_table
 from secagg_bench.suite.rows import Row, read
+from secagg_bench.suite.scale_report import costs_table, demand_table, room_table, sums_table
+from secagg_bench.suite.scenarios import scenarios
 
-__all__ = ["PAGES", "rendered"]
+__all__ = ["PAGES", "SUITE_BLOCKS", "blocks", "rendered"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "recommender.md",
-    ROOT / "docs" / "how-to" / "flower.md",
     ROOT / "docs" / "robustness.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "scale.md",
 )
 """What has such tables."""
-_SUITE: dict[str, tuple[Callable[[list[Row]], str], str]] = {
-    "sizes": (table, "sizes"),
-    "growth": (growth_table, "sizes"),
-    "bits": (partial(table, to="secagg, 8 bits"), "bits"),
-    "layers": (table, "layers"),
-    "paillier": (table, "paillier"),
-    "masks": (table, "masks"),
-    "checks": (table, "checks"),
+_Rows = Mapping[str, Sequence[Row]]
+_TARGETS = ("sizes", "bits", "layers")
+_SCALE = ("sizes", "checks", "clients", "rounds")
+SUITE_BLOCKS: dict[str, tuple[Callable[[_Rows], str], tuple[str, ...]]] = {
+    "targets": (targets_table, _TARGETS),
+    "summary": (lambda rows: summary_table(rows["sizes"], rows["masks"]), ("sizes", "masks")),
+    "limit": (lambda rows: limit_table([*rows["sizes"], *rows["large"]]), ("sizes", "large")),
+    "growth": (lambda rows: growth_table([*rows["sizes"], *rows["large"]]), ("sizes", "large")),
+    "growth by clients": (lambda rows: growth_table(rows["clients"], "clients"), ("clients",)),
+    "rounds": (lambda rows: rounds_table(rows["rounds"]), ("rounds",)),
+    "lines": (lambda rows: lines_table(rows["lines"]), ("lines",)),
+    "scale costs": (costs_table, _SCALE),
+    "scale": (demand_table, _SCALE),
+    "scale sums": (sums_table, _SCALE),
+    "scale room": (room_table, ()),
 }
+"""By block: what renders it, and the scenarios of whose rows. The first of these must be there."""
+_TABLES = (
+    "sizes",
+    "large",
+    "clients",
+    "layers",
+    "checks",
+    "privacy",
+    "masks",
+    "dropouts",
+    "paillier",
+)
+_COMPARED = {**dict.fromkeys(_TABLES, OURS), "bits": "secagg, 8 bits"}
+"""Scenarios with a table each, and the system that the others are compared with there."""
 _KEYS = ("hr10", "ndcg10", "full_hr10", "full_ndcg10")
 
 
 def rendered(page: str) -> str:
     """The text of a page with its tables made anew from ``bench/results``."""
-    blocks = {
-        "costs": (_costs, "crypto"),
+    tables = {
         "checks": (_checks, "check_cost"),
         "quality": (_quality, "demo"),
         "private": (_private, "privacy"),
         "next": (_next, "sessions"),
         "next item": (_next_item, "sessions"),
-        "secaggplus": (_secaggplus, "secaggplus"),
         "network": (network_table, "network"),
         "fuzzing": (fuzzing, "fuzz"),
         "simulation": (simulation, "simulation"),
         "load": (uploads_table, "load"),
         "hostile": (hostile_table, "load"),
         "soak": (soak_table, "soak"),
+        "profile": (profile_table, "profile"),
     }
-    for name, (render, file) in blocks.items():
+    for name, (render, file) in tables.items():
         page = _filled(page, name, partial(_from_json, render, file))
-    for name, (show, scenario) in _SUITE.items():
-        page = _filled(page, f"suite {name}", partial(_from_rows, show, scenario))
+    for name, (show, files) in SUITE_BLOCKS.items():
+        page = _filled(page, f"suite {name}", partial(_from_rows, show, files))
+    for name, to in _COMPARED.items():
+        page = _filled(page, f"suite {name}", partial(_scenario, name, to))
+    for name in FIGURES:
+        page = _filled(page, f"figure {name}", partial(_figure, name))
     return page
+
+
+def blocks(page: str) -> list[str]:
+    """Names of the blocks that a page has, in order."""
+    return re.findall(r"^<!-- ([^/\n]*?) -->$", page, re.MULTILINE)
 
 
 def _filled(page: str, name: str, text: Callable[[], str]) -> str:
@@ -78,35 +120,32 @@ def _from_json(render: Callable[[dict[str, Any]], str], file: str) -> str:
     return render(json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8")))
 
 
-def _from_rows(show: Callable[[list[Row]], str], scenario: str) -> str:
-    return show(read(RESULTS / "suite" / f"{scenario}.csv"))
+def _rows(scenario: str) -> list[Row]:
+    """None where nothing was measured."""
+    file = RESULTS / "suite" / f"{scenario}.csv"
+    return read(file) if file.is_file() else []
 
 
-def _costs(results: dict[str, Any]) -> str:
-    rows = [
-        f"| {row['name']} | {row['ours']:.3g} {row['unit']} | {row['tenseal']:.3g} {row['unit']} "
-        f"| {row['ratio']:.1f} |"
-        for row in results["rows"]
-    ]
-    memory = ", ".join(
-        f"{line['peak_bytes'] / 1e6:.0f} MB after {line['clients']}"
-        for line in results["server_memory"]
-    )
-    machine = results["machine"]
-    plain = results["float32_bytes_per_parameter"]
-    note = (
-        f"Medians of {results['pairs']} interleaved pairs in one run; trust the ratios more than "
-        "the milliseconds. The peer is `CKKSVector` as commonly used (public key, N = 8192, "
-        f"[60, 40, 40], scale 2^40); plain float32 takes {plain:.0f} bytes a parameter. It "
-        "authenticates nothing, so the line to compare leaves our hash and signature out; the "
-        "next one has them. The peak memory of a process that sums does not grow "
-        f"with the clients: {memory} uploads. "
-        f"TenSEAL {machine['tenseal']}, numpy {machine['numpy']}, "
-        f"{machine['processor']}. From [bench/results/crypto.json](bench/results/crypto.json), "
-        "written by `make bench`."
-    )
-    head = f"| {results['parameters']:,} parameters, one core | secagg | `CKKSVector` | ratio |"
-    return "\n".join([head, "|---|--:|--:|--:|", *rows, "", note, ""])
+def _from_rows(show: Callable[[_Rows], str], files: Sequence[str]) -> str:
+    rows = {each: _rows(each) for each in files}
+    return _missing(files[0]) if files and not rows[files[0]] else show(rows)
+
+
+def _scenario(name: str, to: str) -> str:
+    rows = _rows(name)
+    wanted = [each.name for each in scenarios()[name].systems]
+    return table(rows, to, wanted) if rows else _missing(name)
+
+
+def _missing(scenario: str) -> str:
+    return f"Not measured yet: `secagg-bench run {scenario}` does.\n"
+
+
+def _figure(name: str) -> str:
+    """An image, by a path from docs/."""
+    _, files, says = FIGURES[name]
+    drawn = (ROOT / "docs" / f"{name}.svg").is_file()
+    return f"![{says}]({name}.svg)\n" if drawn else _missing(files[0])
 
 
 def _checks(results: dict[str, Any]) -> str:
@@ -237,75 +276,6 @@ def _next_item(results: dict[str, Any]) -> str:
     head = ["Amazon Beauty, next item", *results["tables"][0]["columns"][2:]]
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _secaggplus(results: dict[str, Any]) -> str:
-    largest, theirs = results["settings"][-1], results["secaggplus"]
-    machine = results["machine"]
-    note = (
-        f"Medians of {results['rounds']} interleaved rounds, processor time; trust the ratios more "
-        "than the milliseconds. SecAgg+ is Flower's own code, `secaggplus_mod` and "
-        "`SecAggPlusWorkflow`, with the time of sending and waiting left out and a strategy that "
-        "does nothing; of its shares, more than half open a secret. Both clip at 1 and round at "
-        f"random, SecAgg+ to {theirs['quantization_range'].bit_length() - 1} bits in "
-        f"{theirs['modulus_range'].bit_length() - 1}, which it sends as int64: how many bits do "
-        "not change its bytes or times. Ours adds what the server and the key holder compute. "
-        "A round is lost where a client has too few neighbours left; of ours, where fewer clients "
-        "are left than the plan's minimum. The clients that are gone leave after sharing their "
-        "keys, and so that the measured rounds are not lost. "
-        f"flwr {machine['flwr']}, numpy {machine['numpy']}, {machine['processor']}. From "
-        "`bench/results/secaggplus.json`, written by `make secaggplus`."
-    )
-    return "\n".join([*_one_cohort(largest), "", *_all_cohorts(results["settings"]), "", note, ""])
-
-
-def _one_cohort(setting: dict[str, Any]) -> list[str]:
-    """All figures of one model and cohort: a column a system."""
-    systems, parameters, gone = setting["systems"], setting["parameters"], setting["dropped"]
-
-    def judges(each: dict[str, Any], when: str = "") -> str:
-        return _time(each[f"server_{when}ms"] + each[f"key_holder_{when}ms"])
-
-    cells = {
-        "client, all stages": [_time(each["client_ms"]) for each in systems],
-        "upload, bytes a parameter": [
-            f"{each['upload_bytes'] / parameters:.2f}" for each in systems
-        ],
-        "messages a client answers": [str(each["round_trips"]) for each in systems],
-        "server and key holder": [judges(each) for each in systems],
-        f"the same, {gone} clients gone": [judges(each, "dropped_") for each in systems],
-        f"rounds lost when any {gone} are gone": [f"{each['lost']:.0%}" for each in systems],
-        "error of the mean, of its length": [f"{each['error']:.1g}" for each in systems],
-    }
-    head = f"{parameters:,} parameters, {setting['clients']} clients, one core"
-    names = [each["name"] if each["shares"] else f"secagg, {each['name']}" for each in systems]
-    return [
-        f"| {head} | {' | '.join(names)} |",
-        "|---|" + "--:|" * len(names),
-        *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items()),
-    ]
-
-
-def _all_cohorts(settings: list[dict[str, Any]]) -> list[str]:
-    """How many times SecAgg+ takes what we take with the first of our systems."""
-    rows = [
-        f"| {setting['parameters']:,} | {setting['clients']} | {each['shares']} "
-        f"| {each['client_ratio']:.2g} | {each['upload_ratio']:.2g} | {each['server_ratio']:.2g} "
-        f"| {each['server_dropped_ratio']:.2g} |"
-        for setting in settings
-        for each in setting["systems"]
-        if each["shares"]
-    ]
-    return [
-        "| SecAgg+ over secagg, 8 bits: parameters | clients | shares | client | upload "
-        "| server and key holder | a tenth gone |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-        *rows,
-    ]
-
-
-def _time(ms: float) -> str:
-    return f"{ms / 1000:.3g} s" if ms >= 1000 else f"{ms:.3g} ms"
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from secagg_bench.load.members import ACTS, Book, Pace, plan_of, quantized
 from secagg_bench.load.probing import summary
 from secagg_bench.load.report import hostile_table, soak_table, uploads_table
 from secagg_bench.load.soak import Soak, Wanted, by_minute, settled
-from secagg_bench.load.vitals import family, folder_bytes, vitals
+from secagg_bench.load.vitals import family, folder_bytes, used, vitals
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
@@ -77,6 +79,14 @@ def test_vitals_are_those_of_a_process_and_its_children() -> None:
     with pytest.raises(OSError, match="No such"):
         vitals(2**22 + 1)
     assert os.getpid() not in family(os.getpid())
+
+
+def test_a_process_has_used_what_its_ended_children_have() -> None:
+    before = used(os.getpid())
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert used(os.getpid()) - before >= 0.25
+    assert used(os.getpid()) >= vitals(os.getpid()).cpu_s
 
 
 def test_a_folder_has_the_bytes_of_all_its_files(tmp_path: Path) -> None:

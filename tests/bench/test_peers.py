@@ -48,6 +48,24 @@ class System:
             os._exit(3)
 """
 
+HUNGRY = """
+import numpy as np
+
+class System:
+    DISTRIBUTIONS = ("numpy",)
+    rounds = 0
+
+    def __init__(self, shapes, clients, clock):
+        pass
+
+    def round(self):
+        self.rounds += 1
+
+    def client(self, number, update):
+        np.ones(25_000_000 if self.rounds == 1 else 1)
+        return [b""]
+"""
+
 
 def whole_round(peer: Peer, clients: int = CLIENTS) -> tuple[Upload, Step, Opened]:
     """A round of everybody; the figures of the last client."""
@@ -162,6 +180,20 @@ def test_our_sum_is_exact_but_for_the_bits_of_its_values() -> None:
     assert errors[1] < errors[0] / 100  # 256 times finer
 
 
+def test_noise_is_added_where_it_is_asked_for() -> None:
+    """With a multiplier of 1, the mean of three has noise of 1/3 on each value, or more."""
+    uploads = {}
+    for privacy in ("", "release", "distributed"):
+        with Peer("ours") as peer:
+            peer.set_up(SHAPES, clients=CLIENTS, options={"privacy": privacy, "max_clients": 1000})
+            made, _, _ = whole_round(peer)
+            error, uploads[privacy] = peer.error(), made.bytes
+        # The largest of some thousand: three standard deviations at the least, and never ten.
+        assert (1.0 < error < 3.4) if privacy else (error < 2e-3)
+    assert uploads["release"] == uploads[""]
+    assert uploads["distributed"] > 1.9 * uploads[""], "noise has ciphertexts of its own"
+
+
 def test_what_is_left_out_and_what_is_counted_is_said() -> None:
     with Peer("ours") as peer:
         peer.set_up(SHAPES, clients=CLIENTS, options={"norm_check": True})
@@ -182,6 +214,20 @@ def test_a_client_of_secaggplus_that_is_not_added_has_dropped_out() -> None:
         peer.set_up(SHAPES, clients=5)
         whole_round(peer, clients=4)
         assert peer.error() < 2 * 2.0 / (1 << 22)
+
+
+def test_fewer_shares_are_less_to_send_and_fewer_clients_that_may_leave() -> None:
+    uploads = []
+    for shares, enough in ((3, 5), (5, 4)):
+        with Peer("secaggplus") as peer:
+            peer.set_up(SHAPES, clients=6, options={"shares": shares})
+            made, _, _ = whole_round(peer, clients=enough)
+            assert peer.error() < 2 * 2.0 / (1 << 22)
+            # Of a client and its neighbours, most have to be left.
+            with pytest.raises(UnavailableError, match=r"smaller than threshold|too few"):
+                whole_round(peer, clients=2)
+        uploads.append(made.bytes)
+    assert uploads[0] < uploads[1]
 
 
 # --- the clock ------------------------------------------------------------------------------
@@ -282,14 +328,15 @@ def test_the_end_of_the_input_ends_the_worker() -> None:
 
 
 @pytest.fixture
-def chatty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that prints, and may die."""
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that prints, and may die; and one that takes memory in its first round."""
     (tmp_path / "systems").mkdir()
-    (tmp_path / "systems" / "chatty.py").write_text(CHATTY, encoding="utf-8")
+    for name, code in (("chatty", CHATTY), ("hungry", HUNGRY)):
+        (tmp_path / "systems" / f"{name}.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(driving, "_WORKER", Path(shutil.copy(WORKER, tmp_path)))
 
 
-@pytest.mark.usefixtures("chatty")
+@pytest.mark.usefixtures("toys")
 def test_a_library_that_prints_does_not_disturb() -> None:
     with Peer("chatty") as peer:
         assert "numpy" in peer.set_up(SHAPES, clients=CLIENTS).versions
@@ -297,7 +344,7 @@ def test_a_library_that_prints_does_not_disturb() -> None:
         assert peer.round().parts == {}
 
 
-@pytest.mark.usefixtures("chatty")
+@pytest.mark.usefixtures("toys")
 def test_a_worker_that_dies_is_an_error_with_its_last_words() -> None:
     with Peer("chatty") as peer:
         peer.set_up(SHAPES, clients=CLIENTS, options={"dies": True})
@@ -307,10 +354,27 @@ def test_a_worker_that_dies_is_an_error_with_its_last_words() -> None:
             peer.peak_bytes()
 
 
+@pytest.mark.usefixtures("toys")
+def test_memory_is_that_of_the_steps_of_a_round() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("a process cannot begin to count anew here")
+    peaks = []
+    with Peer("hungry") as peer:
+        peer.set_up({"w": (10_000_000,)}, clients=1)
+        for _ in range(2):
+            peer.round()
+            peer.client(0)
+            peaks.append(peer.peak_bytes())
+    megabytes = [each / 1e6 for each in peaks]
+    assert megabytes[0] > 240, "200 MB that were not kept, and an update"
+    # Drawing an update takes 120 MB for a while, of which 40 are left.
+    assert 40 < megabytes[1] < 110
+
+
 def test_what_the_worker_says_went_wrong_is_passed_on() -> None:
     with (
         Peer("nothing_like_it") as peer,
-        pytest.raises(UnavailableError, match="ValueError: expected one of the systems nvflare_he"),
+        pytest.raises(UnavailableError, match=r"ValueError: expected one of the systems .*, ours"),
     ):
         peer.set_up(SHAPES, clients=CLIENTS)
     with Peer("_flat") as peer, pytest.raises(UnavailableError, match="one of the systems"):

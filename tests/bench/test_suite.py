@@ -165,6 +165,12 @@ def toy(*systems: Contender, **changes: Any) -> Scenario:  # noqa: ANN401 - any 
     return Scenario.model_validate(values | changes)
 
 
+STEPS = {
+    *(Metric.CLIENT, Metric.ADD, Metric.HAND_OVER, Metric.OPEN),
+    *(Metric.UPLOAD, Metric.HANDED_OVER, Metric.ERROR, Metric.MEMORY),
+}
+
+
 def test_every_system_has_every_figure_of_every_seed() -> None:
     said: list[str] = []
     both = toy(Contender(system="plaintext"), Contender(system="ours", named="secagg"))
@@ -172,8 +178,7 @@ def test_every_system_has_every_figure_of_every_seed() -> None:
     assert said == ["toy: 50 parameters, 3 clients", "toy: 60 parameters, 3 clients"]
     found = {(row.system, row.parameters, row.seed, row.metric) for row in rows}
     assert len(found) == len(rows), "no figure twice"
-    common = set(Metric) - {Metric.ADD_UNAUTHENTICATED}
-    for system, metrics in (("plaintext", common), ("secagg", set(Metric))):
+    for system, metrics in (("plaintext", STEPS), ("secagg", STEPS | {Metric.ADD_UNAUTHENTICATED})):
         for parameters in (50, 60):
             for seed in (5, 6):
                 of_it = {each[3] for each in found if each[:3] == (system, parameters, seed)}
@@ -181,6 +186,28 @@ def test_every_system_has_every_figure_of_every_seed() -> None:
     uploads = {row.value for row in rows if (row.system, row.metric) == ("plaintext", "upload")}
     assert uploads == {200.0, 240.0}
     assert all(row.value < 0.5 for row in rows if row.metric is Metric.ERROR)
+    peaks = [row.value for row in rows if row.metric is Metric.MEMORY]
+    assert all(10_000_000 < peak < 1_000_000_000 for peak in peaks), "that of a Python with numpy"
+
+
+def test_clients_that_drop_out_are_not_in_the_sum() -> None:
+    said: list[str] = []
+    three = toy(
+        Contender(system="ours"),
+        Contender(system="ours", named="one gone", dropped=1),
+        Contender(system="ours", named="all gone", dropped=5),
+        parameters=(50,),
+        clients=(5,),
+    )
+    rows = list(measured(three, "here", said.append))
+    handed = {row.system: row.value for row in rows if row.metric is Metric.HANDED_OVER}
+    assert handed.keys() == {"ours", "one gone"}
+    assert 200 < handed["ours"] - handed["one gone"] < 2000, "an admission"
+    assert all(row.value < 0.1 for row in rows if row.metric is Metric.ERROR)
+    assert {row.clients for row in rows} == {5}, "the whole cohort"
+    (missing,) = (line for line in said if "not measured" in line)
+    assert "all gone" in missing
+    assert "nothing was added" in missing
 
 
 def test_a_system_that_fails_is_told_of_and_the_others_go_on() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from secagg_bench.network.hosts import Hosts, unable
 from secagg_bench.network.packets import damaged, payload_bytes, refusals, too_big
-from secagg_bench.network.wire import Cut, Line
+from secagg_bench.network.wire import Cut, Line, Wire
 
 PORT = 7000
 PATIENCE_S = 20.0
@@ -87,6 +87,65 @@ def test_a_router_says_how_long_a_packet_may_be() -> None:
     assert folded(answer[20:]) == 0xFFFF
     assert answer[28:] == segment(bytes(1000))[:28]
     assert payload_bytes(answer) == 0
+
+
+@contextlib.contextmanager
+def wired(**lines: Line) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two hosts by their devices, without any kernel's network between them; root is not needed.
+
+    Args:
+        lines: ``out`` from the first to the second, ``back`` from the second to the first.
+    """
+    with contextlib.ExitStack() as stack:
+        wire = Wire(seed=1)
+        ends = []
+        for number, name in enumerate(("one", "two"), 1):
+            device, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(device)
+            ends.append(stack.enter_context(end))
+            end.settimeout(PATIENCE_S)
+            wire.attach(name, device.fileno(), f"10.77.0.{number}")
+        wire.set_line("one", "two", lines.get("out", Line()))
+        wire.set_line("two", "one", lines.get("back", Line()))
+        wire.start()
+        stack.callback(wire.close)
+        yield ends[0], ends[1]
+
+
+def test_a_line_carries_no_more_than_its_rate() -> None:
+    packet, count, rate = segment(bytes(460)), 40, 50_000.0
+    assert len(packet) == 500
+    with wired(out=Line(bytes_per_s=rate, delay_s=0.05)) as (one, two):
+        started = time.monotonic()
+        for _ in range(count):
+            one.send(packet)
+        for number in range(1, count + 1):
+            assert two.recv(1000) == packet
+            took = time.monotonic() - started
+            assert took >= number * len(packet) / rate + 0.05 - 1e-3, number
+
+
+def test_each_direction_of_a_line_has_its_own_rate() -> None:
+    packet = segment(bytes(460))
+    answer = packet[:12] + packet[16:20] + packet[12:16] + packet[20:]
+    with wired(out=Line(bytes_per_s=50.0), back=Line(bytes_per_s=5e6)) as (one, two):
+        one.send(packet)
+        two.send(answer)
+        assert one.recv(1000) == answer
+        assert not select.select([two], [], [], 0)[0], "ten seconds are not over"
+
+
+def test_a_line_drops_what_would_wait_for_more_than_a_second() -> None:
+    with wired(out=Line(bytes_per_s=50_000.0)) as (one, two):
+        for _ in range(300):
+            one.send(segment(bytes(460)))
+        came = [two.recv(1000)]
+        two.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                came.append(two.recv(1000))
+    # A packet takes a hundredth of a second; some leave while others still come.
+    assert 100 <= len(came) <= 150
 
 
 @pytest.fixture(scope="module")

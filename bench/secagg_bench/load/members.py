@@ -39,7 +39,7 @@ from secagg_bench.gallery.uploads import signed
 from secagg_bench.processes import Services
 from secagg_client.session import ClientKit, ClientSession, CurrentRound
 
-__all__ = ["Book", "Member", "Pace", "contribution", "plan_of", "quantized"]
+__all__ = ["Book", "Member", "Pace", "contribution", "plan_of", "quantized", "update_of"]
 
 WHO = "who"
 """The segment in which each client adds one at its own place: a sum names who is in it."""
@@ -92,11 +92,17 @@ def contribution(plan: Plan, client: int, round_number: int) -> dict[str, Contri
         if isinstance(segment, IntegerSegment):
             values[segment.name] = np.eye(1, segment.size, client, dtype=np.int64)[0]
         else:
-            rng = np.random.default_rng((client, round_number))
-            update = rng.standard_normal(segment.parameters, dtype=np.float32)
-            update *= 0.5 / np.linalg.norm(update)
+            update = update_of(segment.parameters, client, round_number)
             values[segment.name] = {segment.tensors[0].name: update}
     return values
+
+
+def update_of(parameters: int, client: int, round_number: int) -> NDArray[np.float32]:
+    """A client's update in a round, float32 (parameters,), of norm one half."""
+    rng = np.random.default_rng((client, round_number))
+    update = rng.standard_normal(parameters, dtype=np.float32)
+    update *= 0.5 / np.linalg.norm(update)
+    return update
 
 
 def rounding(context: RoundContext, client: int) -> Stream:

@@ -1,7 +1,9 @@
-"""A process full of clients, each in a thread and over a connection of its own, by mutual TLS.
+"""Processes full of clients, each over a connection of its own, by mutual TLS.
 
-In two steps, so that what is measured is the uploads alone: first all of them are encrypted and put
-into outboxes, one after another; then, at a word, all are sent at once, as a client sends them.
+`Uploaders` go in two steps, so that what is measured is the uploads alone: first all of them are
+encrypted and put into outboxes, one after another; then, at a word, all are sent at once, each in a
+thread. `Rounders` go through a whole round, one client after another: what a client fetches,
+encrypts and sends is timed, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -12,24 +14,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from queue import SimpleQueue
+from typing import Any, ClassVar, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secagg.context import RoundContext
 from secagg.encryptor import encrypt_quantized
-from secagg.errors import SecaggError
+from secagg.errors import RoundError, SecaggError
+from secagg.quantize import quantize
 from secagg.rpc.retry import RetryPolicy
-from secagg_bench.load.members import quantized
+from secagg.sampling import Stream
+from secagg.wire.codec import upload_to_bytes
+from secagg_bench.load.members import contribution, quantized
 from secagg_bench.processes import Services
 from secagg_client.outbox import Kept, Outbox
 from secagg_client.session import ClientKit, ClientSession
 
-__all__ = ["Sent", "Uploaders"]
+__all__ = ["Rounders", "Sent", "Turn", "Uploaders", "all_turns"]
 
 PATIENCE_S = 600.0
 NICENESS = 10
@@ -52,16 +57,45 @@ class Sent:
     refused: str
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a client took in a round.
+
+    Attributes:
+        fetch_s: to read its kit, connect, ask for the round and download the model.
+        encrypt_s: to quantise, encrypt, seal and sign.
+        upload_s: to send it all and be told that it was accepted.
+        cpu_s: processor time of all that.
+        accepted_at: when it was told so, on this machine's monotonic clock.
+        upload_bytes: what it sent.
+        refused: why it was not taken; empty where it was.
+    """
+
+    fetch_s: float = 0.0
+    encrypt_s: float = 0.0
+    upload_s: float = 0.0
+    cpu_s: float = 0.0
+    accepted_at: float = 0.0
+    upload_bytes: int = 0
+    refused: str = ""
+
+
 @dataclass
-class Uploaders:
-    """Such a process, seen from the one that started it."""
+class _Process:
+    """Such a process, seen from the one that started it.
+
+    Attributes:
+        within: a command that runs another in a place of its own, in front of it.
+    """
 
     services: Services
     task_id: str
     clients: Sequence[int]
     folder: Path
     log: Path
+    within: Sequence[str] = ()
     _process: subprocess.Popen[str] = field(init=False, repr=False)
+    _way: ClassVar[str]
 
     def __post_init__(self) -> None:
         asked = {
@@ -73,7 +107,7 @@ class Uploaders:
         }
         with self.log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", __name__, json.dumps(asked)],
+                [*self.within, sys.executable, "-m", __name__, self._way, json.dumps(asked)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -81,26 +115,11 @@ class Uploaders:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
 
-    def encrypted(self) -> list[NDArray[np.int64]]:
-        """Wait until all is encrypted; what it adds up to, computed in the clear."""
-        self._line()
-        return [np.load(path) for path in sorted(self._sums.glob("*.npy"))]
-
-    @property
-    def _sums(self) -> Path:
-        return self.folder / f"sums-{self.clients[0]}"
-
     def send(self) -> None:
         """The word."""
         stdin = cast(TextIO, self._process.stdin)
         stdin.write("\n")
         stdin.flush()
-
-    def sent(self) -> list[Sent]:
-        """Wait for what became of all uploads."""
-        found = [Sent(**each) for each in json.loads(self._line())]
-        self._process.wait()
-        return found
 
     def stop(self) -> None:
         """End the process, if it still runs."""
@@ -110,8 +129,93 @@ class Uploaders:
     def _line(self) -> str:
         line = cast(TextIO, self._process.stdout).readline()
         if not line:
-            raise SecaggError(f"expected clients that go on; they ended, see {self.log.name}")
+            said = self.log.read_text("utf-8", errors="replace")[-2000:]
+            raise SecaggError(
+                f"expected clients that go on; they ended, and their log says: {said}"
+            )
         return line
+
+    def _sums(self) -> list[NDArray[np.int64]]:
+        """What its clients' integers add up to, computed in the clear, by segment."""
+        folder = _sums_folder(self.folder, self.clients)
+        return [np.load(path) for path in sorted(folder.glob("*.npy"))]
+
+
+def _sums_folder(folder: Path, clients: Sequence[int]) -> Path:
+    return folder / f"sums-{clients[0]}"
+
+
+class Uploaders(_Process):
+    """A process whose clients encrypt first, and then all send at once."""
+
+    _way = "at once"
+
+    def encrypted(self) -> list[NDArray[np.int64]]:
+        """Wait until all is encrypted; what it adds up to, computed in the clear."""
+        self._line()
+        return self._sums()
+
+    def sent(self) -> list[Sent]:
+        """Wait for what became of all uploads."""
+        found = [Sent(**each) for each in json.loads(self._line())]
+        self._process.wait()
+        return found
+
+
+class Rounders(_Process):
+    """A process whose clients go through a round one after another, beginning at a word."""
+
+    _way = "in turn"
+
+    def ready(self) -> None:
+        """Wait until they could begin."""
+        self._line()
+
+    def turns(self) -> Iterator[Turn]:
+        """What each client took, as soon as it is done; whoever is refused is the last."""
+        for _ in self.clients:
+            turn = Turn(**json.loads(self._line()))
+            yield turn
+            if turn.refused:
+                return
+
+    def added(self) -> list[NDArray[np.int64]]:
+        """What it all adds up to, computed in the clear; after the last turn."""
+        self._line()
+        self._process.wait()
+        return self._sums()
+
+
+def all_turns(processes: Sequence[Rounders], tell: Callable[[int], None]) -> Iterator[Turn]:
+    """Give all the word; what their clients took, as they are done.
+
+    Args:
+        tell: told how many are done, each time.
+
+    Raises:
+        RoundError: an upload was refused.
+        SecaggError: a process ended.
+    """
+    found: SimpleQueue[Turn | Exception] = SimpleQueue()
+
+    def follow(one: Rounders) -> None:
+        try:
+            for turn in one.turns():
+                found.put(turn)
+        except Exception as error:  # of whatever kind: whoever waits is to know
+            found.put(error)
+
+    for one in processes:
+        one.send()
+        threading.Thread(target=follow, args=(one,), daemon=True).start()
+    for done in range(1, sum(len(one.clients) for one in processes) + 1):
+        turn = found.get()
+        if isinstance(turn, Exception):
+            raise turn
+        if turn.refused:
+            raise RoundError(f"expected uploads that are accepted; one was not: {turn.refused}")
+        tell(done)
+        yield turn
 
 
 class _Clients:
@@ -126,19 +230,58 @@ class _Clients:
     def encrypt(self) -> None:
         """Put everybody's upload into its outbox, and write down their sum."""
         for number in self._numbers:
-            with self._session(number, time.sleep) as session:
+            kit = self._kit(number)
+            with self._session(kit, time.sleep) as session:
                 current = next(iter(session.rounds()))
-            kit, context = self._kit(number), current.context
+            context = current.context
             parts = quantized(context, number)
             upload = encrypt_quantized(context, parts, kit.identity, current.commitment)
             self._outbox(number).save(Kept(context, current.key_holder, upload))
-            self._add([part.summand for part in parts], context)
-        folder = self._folder / f"sums-{self._numbers[0]}"
+            self._add([part.summand for part in parts])
+        self.save()
+
+    def rounds(self) -> Iterator[Turn]:
+        """Go through a round as each client, one after another, up to one that is refused."""
+        for number in self._numbers:
+            turn = self._round(number)
+            yield turn
+            if turn.refused:
+                return
+
+    def _round(self, number: int) -> Turn:
+        clock = _Clock()
+        try:
+            kit = self._kit(number)
+            with self._session(kit, time.sleep) as session:
+                current = next(iter(session.rounds()))
+                fetch_s, context = clock.lap(), current.context
+                own = contribution(context.plan, number, current.number)
+                clock.lap(counts=False)
+                parts = quantize(
+                    context.plan,
+                    own,
+                    samples=1,
+                    rotation=context.rotation,
+                    randomness=Stream.from_os(),
+                )
+                upload = encrypt_quantized(context, parts, kit.identity, current.commitment)
+                encrypt_s = clock.lap()
+                session.send(context, upload)
+                upload_s = clock.lap()
+        except SecaggError as error:
+            return Turn(refused=error.reason)
+        self._add([part.summand for part in parts])
+        size = len(upload_to_bytes(upload))
+        return Turn(fetch_s, encrypt_s, upload_s, clock.cpu_s, clock.at, size)
+
+    def save(self) -> None:
+        """Write down what everybody's integers add up to."""
+        folder = _sums_folder(self._folder, self._numbers)
         folder.mkdir(parents=True, exist_ok=True)
         for place, total in enumerate(self._sums):
             np.save(folder / f"{place}.npy", total)
 
-    def _add(self, parts: list[NDArray[np.int64]], context: RoundContext) -> None:
+    def _add(self, parts: list[NDArray[np.int64]]) -> None:
         if not self._sums:
             self._sums = [np.zeros_like(part) for part in parts]
         for total, part in zip(self._sums, parts, strict=True):
@@ -168,15 +311,15 @@ class _Clients:
             time.sleep(seconds)
 
         try:
-            with self._session(number, nap) as session:
+            with self._session(self._kit(number), nap) as session:
                 session.send(kept.context, kept.upload)
         except Exception as error:  # of whatever kind: it is the result
             refused = getattr(error, "reason", type(error).__name__)
         sent.append(Sent(number, time.monotonic() - started, waits, refused))
 
-    def _session(self, number: int, nap: Callable[[float], None]) -> ClientSession:
+    def _session(self, kit: ClientKit, nap: Callable[[float], None]) -> ClientSession:
         retry = RetryPolicy(sleep=nap)
-        return ClientSession(self._server, self._task, self._kit(number), retry=retry)
+        return ClientSession(self._server, self._task, kit, retry=retry)
 
     def _kit(self, number: int) -> ClientKit:
         return ClientKit.load(self._kits / "clients" / f"client-{number + 1}")
@@ -185,15 +328,45 @@ class _Clients:
         return Outbox(self._folder / f"client-{number}", self._task)
 
 
-def _main(asked: str) -> None:
+class _Clock:
+    """Laps of wall time, and the processor time of those that count.
+
+    Attributes:
+        at: end of the last lap.
+        cpu_s: of this process so far.
+    """
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+        self.at, self._used = time.monotonic(), time.process_time()
+
+    def lap(self, *, counts: bool = True) -> float:
+        """Seconds since the last one."""
+        began, used = self.at, self._used
+        self.at, self._used = time.monotonic(), time.process_time()
+        self.cpu_s += self._used - used if counts else 0.0
+        return self.at - began
+
+
+def _say(word: object) -> None:
+    print(json.dumps(word), flush=True)
+
+
+def _main(way: str, asked: str) -> None:
     os.nice(NICENESS)
     clients = _Clients(json.loads(asked))
-    clients.encrypt()
-    print("encrypted", flush=True)
-    sent = clients.send(sys.stdin.readline)
-    fields = ("client", "seconds", "waits", "refused")
-    print(json.dumps([{name: getattr(one, name) for name in fields} for one in sent]), flush=True)
+    if way == Uploaders._way:
+        clients.encrypt()
+        _say("encrypted")
+        _say([asdict(one) for one in clients.send(sys.stdin.readline)])
+    else:
+        _say("ready")
+        sys.stdin.readline()
+        for turn in clients.rounds():
+            _say(asdict(turn))
+        clients.save()
+        _say("added")
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

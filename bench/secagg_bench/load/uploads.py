@@ -35,7 +35,7 @@ __all__ = ["Wanted", "Watch", "counted", "ended", "measure"]
 TASK_ID = "load"
 _DEADLINE_MS = 30 * 60_000
 _SAMPLE_S = 0.1
-_POLL_S = 0.2
+_POLL_S = 0.02
 
 OnProgress = Callable[[str], None]
 
@@ -63,7 +63,8 @@ class Watch:
     """Looks at programs several times a second while they run.
 
     Attributes:
-        most: the largest figures of each, by name; ``workers`` are those of the server.
+        most: the largest figures of each, by name; ``workers`` are those of the server, and
+            ``all`` is a program with its workers at one moment.
     """
 
     server: int
@@ -89,18 +90,29 @@ class Watch:
     def look(self) -> Vitals:
         """Look once; the server's."""
         server, key_holder = vitals(self.server), vitals(self.key_holder)
-        workers = [vitals(pid).rss for pid in family(self.server)]
+        workers, helpers = _held(self.server), _held(self.key_holder)
         found = {
             "server_rss": server.peak,
             "server_fds": server.fds,
             "server_threads": server.threads,
-            "workers_rss": sum(workers),
+            "workers_rss": workers,
+            "server_all_rss": server.rss + workers,
             "key_holder_rss": key_holder.peak,
-            "key_holder_workers_rss": sum(vitals(pid).rss for pid in family(self.key_holder)),
+            "key_holder_workers_rss": helpers,
+            "key_holder_all_rss": key_holder.rss + helpers,
         }
         for name, value in found.items():
             self.most[name] = max(value, self.most.get(name, 0))
         return server
+
+
+def _held(pid: int) -> int:
+    """Bytes of memory of what a process has started; what ends meanwhile does not count."""
+    total = 0
+    for each in family(pid):
+        with contextlib.suppress(OSError):
+            total += vitals(each).rss
+    return total
 
 
 def measure(wanted: Wanted, folder: Path, say: OnProgress) -> dict[str, Any]:

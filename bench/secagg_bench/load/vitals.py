@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Vitals", "family", "folder_bytes", "vitals"]
+__all__ = ["Vitals", "family", "folder_bytes", "used", "vitals"]
 
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -42,15 +43,35 @@ def vitals(pid: int) -> Vitals:
         line.split(":", 1)
         for line in (folder / "status").read_text("ascii", "replace").splitlines()
     )
-    # After the command in brackets, which may hold spaces; utime and stime.
-    used = (folder / "stat").read_text("ascii", "replace").rpartition(")")[2].split()[11:13]
+    if "VmRSS" not in status:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))  # nobody has waited for it
     return Vitals(
         rss=_kilobytes(status["VmRSS"]),
         peak=_kilobytes(status["VmHWM"]),
         fds=len(list((folder / "fd").iterdir())),
         threads=int(status["Threads"]),
-        cpu_s=sum(map(int, used)) / _TICKS,
+        cpu_s=sum(_times(pid)[:2]) / _TICKS,
     )
+
+
+def used(pid: int) -> float:
+    """Seconds of processor time of a process and of all that it has started, ended ones too.
+
+    Raises:
+        OSError: it has ended.
+    """
+    total = sum(_times(pid))
+    for each in family(pid):
+        with contextlib.suppress(OSError):
+            total += sum(_times(each))
+    return total / _TICKS
+
+
+def _times(pid: int) -> list[int]:
+    """Ticks in user and system mode, and the same of the ended children that it has waited for."""
+    # After the command in brackets, which may hold spaces.
+    stat = (_PROC / str(pid) / "stat").read_text("ascii", "replace")
+    return [int(each) for each in stat.rpartition(")")[2].split()[11:15]]
 
 
 def _kilobytes(text: str) -> int:

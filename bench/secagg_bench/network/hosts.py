@@ -124,6 +124,12 @@ class Host:
 
         return _in_thread(entered)
 
+    @property
+    def within(self) -> tuple[str, ...]:
+        """In front of a command, what runs it on this host; for a thread that outlives it."""
+        path = f"/proc/{os.getpid()}/fd/{self._namespace}"
+        return ("nsenter", f"--net={path}", "setpriv", "--pdeathsig", "KILL")
+
     def run(
         self,
         module: str,
@@ -132,9 +138,7 @@ class Host:
         environment: Mapping[str, str] | None = None,
     ) -> Program:
         """Start a program on this host; to be called in a thread that outlives it."""
-        path = f"/proc/{os.getpid()}/fd/{self._namespace}"
-        within = ["nsenter", f"--net={path}", "setpriv", "--pdeathsig", "KILL"]
-        return Program(module, arguments, log, environment, within=within)
+        return Program(module, arguments, log, environment, within=self.within)
 
     def move(self) -> None:
         """Change the address, as a device does that changes its network."""

@@ -173,7 +173,7 @@ class Peer:
         return float(self._ask("error")["error"])
 
     def peak_bytes(self) -> int:
-        """Most memory that the worker, with all parties in it, has had so far."""
+        """Most memory that the worker, with all parties in it, held in a step of this round."""
         return int(self._ask("memory")["peak_bytes"])
 
     def _running(self) -> subprocess.Popen[str]:

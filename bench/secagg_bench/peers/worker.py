@@ -20,7 +20,10 @@ and ``beside``, others that were measured with it and are not. After a round:
 
 * ``error``: the largest absolute difference between the mean that was opened and that of the
   updates of those who were added.
-* ``memory``: ``peak_bytes`` of this process so far; all parties are in it.
+* ``memory``: ``peak_bytes``, the most that this process held in any step since the round began.
+  All parties are in it, and so are Python, libraries and keys, and uploads that were made and not
+  yet added; what lies between steps, such as drawing updates, is not. Where the system does not
+  let a process begin to count anew, it is the most that it ever held.
 
 Client i's update is drawn from ``default_rng((seed, i))``, and has norm 0.9 over everything.
 
@@ -191,6 +194,7 @@ class Worker:
         self._made: dict[int, list[bytes]] = {}
         self._added: list[int] = []
         self._mean: Mapping[str, NDArray[Any]] | None = None
+        self._peak = 0
 
     def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Do as told.
@@ -230,12 +234,19 @@ class Worker:
             system: System = module.System(self._shapes, clients, self._clock, **options)
             return system
 
-        system, times = self._clock.step(made)
+        system, times = self._step(made)
         self._system = system
         first, *others = system.DISTRIBUTIONS
         versions = {name: version(name) for name in ["numpy", *others]}
         versions |= {"python": platform.python_version(), "system": f"{first} {version(first)}"}
         return times | {"versions": versions}
+
+    def _step(self, work: Callable[[], _T]) -> tuple[_T, dict[str, Any]]:
+        """What a step returns, and the times to answer; its peak of memory is remembered."""
+        _begin_peak()
+        done = self._clock.step(work)
+        self._peak = max(self._peak, _peak_bytes())
+        return done
 
     def _ready(self) -> System:
         if self._system is None:
@@ -245,15 +256,15 @@ class Worker:
     def _round(self, seed: int | None = None) -> dict[str, Any]:
         system = self._ready()
         self._seed = self._seed if seed is None else seed
-        self._made, self._added, self._mean = {}, [], None
-        return self._clock.step(system.round)[1]
+        self._made, self._added, self._mean, self._peak = {}, [], None, 0
+        return self._step(system.round)[1]
 
     def _client(self, number: int) -> dict[str, Any]:
         system = self._ready()
         if not 0 <= number < self._clients:
             raise ValueError(f"expected a client below {self._clients}; got {number}")
         update = update_of(self._seed, number, self._shapes)
-        made, times = self._clock.step(lambda: system.client(number, update))
+        made, times = self._step(lambda: system.client(number, update))
         self._made[number] = made
         return times | {"bytes": sum(map(len, made))}
 
@@ -261,7 +272,7 @@ class Worker:
         system, made = self._ready(), self._made.pop(number, None)
         if made is None or number in self._added:
             raise ValueError(f"expected what client {number} made, once a round")
-        _, times = self._clock.step(lambda: system.add(number, made))
+        _, times = self._step(lambda: system.add(number, made))
         self._added.append(number)
         return times
 
@@ -269,8 +280,8 @@ class Worker:
         system = self._ready()
         if not self._added:
             raise ValueError("expected to open a sum of something; nothing was added")
-        handed, before = self._clock.step(system.hand_over)
-        self._mean, times = self._clock.step(lambda: system.open(handed))
+        handed, before = self._step(system.hand_over)
+        self._mean, times = self._step(lambda: system.open(handed))
         return times | {"bytes": sum(map(len, handed)), "hand_over": before}
 
     def _error(self) -> dict[str, Any]:
@@ -286,8 +297,24 @@ class Worker:
         return {"error": max(float(each.max()) for each in off)}
 
     def _memory(self) -> dict[str, Any]:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        return {"peak_bytes": self._peak}
+
+
+def _begin_peak() -> None:
+    """Have the kernel forget how much this process has held before, where it can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_bytes(b"5")
+
+
+def _peak_bytes() -> int:
+    """The most resident memory since then, or since ever."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            # Not `ru_maxrss`: it is never forgotten, and begins with that of whoever started this.
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,8 @@ from secagg.commands import exits_cleanly, out
 from secagg.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from secagg_bench.suite.scenarios import Scenario
+    from secagg_bench.suite.rows import Row
+    from secagg_bench.suite.scenarios import Rounds, Scenario
 
 __all__ = ["app"]
 
@@ -49,20 +50,26 @@ def run(
     ] = Path("build/peers"),
 ) -> None:
     """Measure scenarios; a system that cannot be had is named and left out."""
-    from secagg_bench.suite.rows import Row, write
+    from secagg_bench.suite.rows import write
     from secagg_bench.suite.scenarios import scenarios
-    from secagg_bench.suite.steps import measured
 
     for scenario in _chosen(scenarios(), only or ()):
-        rows: list[Row] = []
-        asked = scenario.quick() if smoke else scenario
-        for row in measured(asked, _machine(), _say, folder=environments):
-            rows.append(row)
+        rows = list(_measured(scenario.quick() if smoke else scenario, environments))
+        if not rows:
+            continue  # it has said why
         write(output / f"{scenario.name}.csv", rows)
         _say(f"{scenario.name}: {len(rows)} rows in {output / scenario.name}.csv")
 
 
-def _chosen(known: Mapping[str, Scenario], only: Sequence[str]) -> list[Scenario]:
+def _measured(scenario: Scenario | Rounds, environments: Path) -> Iterator[Row]:
+    from secagg_bench.suite import rounds, steps
+
+    if scenario.kind == "rounds":
+        return rounds.measured(scenario, _machine(), _say)
+    return steps.measured(scenario, _machine(), _say, folder=environments)
+
+
+def _chosen(known: Mapping[str, Scenario | Rounds], only: Sequence[str]) -> list[Scenario | Rounds]:
     if unknown := set(only) - known.keys():
         raise ConfigurationError(
             f"expected scenarios among {', '.join(known)}; got {', '.join(sorted(unknown))}"

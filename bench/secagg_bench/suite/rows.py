@@ -31,6 +31,22 @@ class Metric(StrEnum):
         UPLOAD: what one client sends.
         HANDED_OVER: what goes to whoever opens the sum.
         ERROR: largest difference of a mean from the true one.
+        MEMORY: most memory that the process held which did all of this, clients and all.
+        ROUND: a whole round by gRPC and mutual TLS, from its first client's start to the operator's
+            sums. Wall time, as are its parts. Those of the clients are added up over all of them,
+            which overlap where several processes are clients. What measuring itself does between
+            clients is in none of the parts.
+        FETCHING: read the kit, connect, ask for the round, download the model; all clients.
+        ENCRYPTING: quantise, encrypt, seal, sign; all clients.
+        UPLOADING: send that, and be told that it was accepted; all clients.
+        LEAST: what FETCHING and UPLOADING take at least on a line of that rate and delay.
+        CONCLUDING: from the last such word until the operator has the sums.
+        CLIENTS_CPU: processor time that all clients took for their parts of that round.
+        SERVER_CPU: of the server, with its workers, in that round.
+        KEY_HOLDER_CPU: of the key holder, with its workers, in that round.
+        SERVER_MEMORY: most memory that the server held in it, with its workers; memory that these
+            share counts in each.
+        KEY_HOLDER_MEMORY: the same of the key holder.
     """
 
     CLIENT = "client"
@@ -41,20 +57,40 @@ class Metric(StrEnum):
     UPLOAD = "upload"
     HANDED_OVER = "handed over"
     ERROR = "error"
+    MEMORY = "memory"
+    ROUND = "round"
+    FETCHING = "fetching"
+    ENCRYPTING = "encrypting"
+    UPLOADING = "uploading"
+    LEAST = "least of the line"
+    CONCLUDING = "concluding"
+    CLIENTS_CPU = "clients' processor"
+    SERVER_CPU = "server's processor"
+    KEY_HOLDER_CPU = "key holder's processor"
+    SERVER_MEMORY = "server's memory"
+    KEY_HOLDER_MEMORY = "key holder's memory"
 
 
 UNITS = {
     **dict.fromkeys(
         (
             *(Metric.CLIENT, Metric.ADD, Metric.ADD_UNAUTHENTICATED),
-            *(Metric.HAND_OVER, Metric.OPEN),
+            *(Metric.HAND_OVER, Metric.OPEN, Metric.ROUND, Metric.FETCHING, Metric.ENCRYPTING),
+            *(Metric.UPLOADING, Metric.LEAST),
+            *(Metric.CONCLUDING, Metric.CLIENTS_CPU, Metric.SERVER_CPU, Metric.KEY_HOLDER_CPU),
         ),
         "s",
     ),
-    **dict.fromkeys((Metric.UPLOAD, Metric.HANDED_OVER), "B"),
+    **dict.fromkeys(
+        (
+            *(Metric.UPLOAD, Metric.HANDED_OVER, Metric.MEMORY),
+            *(Metric.SERVER_MEMORY, Metric.KEY_HOLDER_MEMORY),
+        ),
+        "B",
+    ),
     Metric.ERROR: "1",
 }
-"""Seconds of one core's processor time, bytes, or a plain number."""
+"""Seconds (of one core's processor time where `Metric` says no other), bytes, or a plain number."""
 
 _Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\r\n]+$")]
 _Count = Annotated[int, Field(ge=1)]

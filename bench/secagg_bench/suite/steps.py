@@ -4,6 +4,9 @@ A repetition is a round of each system with the same updates. Which of them come
 one repetition to the next, so that no system always runs on a machine that another one has warmed
 or tired. A first round of each is left out: it loads what is loaded late. So is each round's first
 addition, which pays for fresh memory.
+
+Within a round, clients and server take turns: an upload is added before the next one is made. So
+memory is that of one upload at a time, and of what the system keeps of those before.
 """
 
 from __future__ import annotations
@@ -114,7 +117,7 @@ class _Entry:
         try:
             if self._peer is None:
                 self._peer = self._begun(shapes, clients, seed)
-            return _round(self._peer, clients, seed)
+            return _round(self._peer, clients - self.contender.dropped, seed)
         except UnavailableError:
             self.gone = True
             self.leave()
@@ -128,7 +131,7 @@ class _Entry:
             shapes, clients=clients, seed=seed, options=dict(self.contender.options)
         )
         self.version = _version(found.versions)
-        _round(peer, clients, seed)
+        _round(peer, clients - self.contender.dropped, seed)
         return peer
 
     def leave(self) -> None:
@@ -139,13 +142,16 @@ class _Entry:
 
 def _round(peer: Peer, clients: int, seed: int) -> dict[Metric, float]:
     peer.round(seed)
-    uploads = [peer.client(number) for number in range(clients)]
-    added = [peer.add(number) for number in range(clients)][1:] or [Step(0.0, 0.0, {}, {})]
-    return _figures(uploads, added, peer.open(), peer.error())
+    uploads, added = [], []
+    for number in range(clients):
+        uploads.append(peer.client(number))
+        added.append(peer.add(number))
+    figures = _figures(uploads, added[1:] or [Step(0.0, 0.0, {}, {})], peer.open())
+    return figures | {Metric.ERROR: peer.error(), Metric.MEMORY: float(peer.peak_bytes())}
 
 
 def _figures(
-    uploads: Sequence[Upload], added: Sequence[Step], opened: Opened, error: float
+    uploads: Sequence[Upload], added: Sequence[Step], opened: Opened
 ) -> dict[Metric, float]:
     found = {
         Metric.CLIENT: median(each.cpu_s for each in uploads),
@@ -154,7 +160,6 @@ def _figures(
         Metric.OPEN: opened.cpu_s,
         Metric.UPLOAD: float(max(each.bytes for each in uploads)),
         Metric.HANDED_OVER: float(opened.bytes),
-        Metric.ERROR: error,
     }
     alone = [each.beside["unauthenticated"] for each in added if "unauthenticated" in each.beside]
     if alone:

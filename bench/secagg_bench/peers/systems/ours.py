@@ -31,6 +31,8 @@ class System:
         bits: of a quantised value.
         max_clients: that the plan is for; ``clients`` when omitted.
         norm_check: whether each upload is judged before the sum is opened.
+        privacy: who adds noise, a mode of `secagg.parameters.Privacy`, with a multiplier of 1; no
+            noise when omitted. That of any half of the clients is enough.
     """
 
     DISTRIBUTIONS: ClassVar = ("secagg", "tenseal", "cryptography")
@@ -49,8 +51,9 @@ class System:
         bits: int = 8,
         max_clients: int | None = None,
         norm_check: bool = False,
+        privacy: str = "",
     ) -> None:
-        from secagg.parameters import NormCheck
+        from secagg.parameters import MIN_COHORT, NormCheck, Privacy
         from secagg.planner import plan_tensors
         from secagg.receipts import SigningKey
 
@@ -58,9 +61,14 @@ class System:
         self._plan = plan_tensors(
             shapes,
             max_clients=max_clients or clients,
+            min_clients=max(MIN_COHORT, clients // 2),
             clip=1.0,
             bits=bits,
             norm_check=NormCheck() if norm_check else None,
+            # No budget is kept here: that is the work of the key holder's service.
+            privacy=Privacy(privacy, noise_multiplier=1.0, epsilon=8.0, delta=1e-5)
+            if privacy
+            else None,
         )
         self._identities = [SigningKey.generate() for _ in range(clients)]
 
