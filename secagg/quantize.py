@@ -46,6 +46,8 @@ Update = Mapping[str, ArrayLike]
 Contribution = ArrayLike | Mapping[str, ArrayLike]
 """A float vector, float tensors by name, or a vector of integers, as the segment wants it."""
 
+_Numbers = NDArray[np.float32] | NDArray[np.float64] | NDArray[np.int32]
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _VALUES_PER_PASS = 1 << 16  # of rotation blocks that fit into a level-2 cache as float32
 _ROUNDINGS = 100
@@ -335,7 +337,7 @@ def _spread(
 
 
 def _flip_signs(
-    steps: NDArray[np.float32] | NDArray[np.float64],
+    steps: _Numbers,
     rotation: bytes,
     segment: FloatSegment,
     label: str,
@@ -344,9 +346,7 @@ def _flip_signs(
     np.multiply(steps, drawn, out=steps, casting="same_kind")
 
 
-def _blocks(
-    segment: FloatSegment, steps: NDArray[np.float32] | NDArray[np.float64]
-) -> Iterator[NDArray[np.float32] | NDArray[np.float64]]:
+def _blocks(segment: FloatSegment, steps: _Numbers) -> Iterator[_Numbers]:
     """The rotation blocks as views, (count, length) for each length."""
     start = 0
     for count, length in segment.rotations:
@@ -354,18 +354,23 @@ def _blocks(
         start += count * length
 
 
-def _rotate(blocks: NDArray[np.float32] | NDArray[np.float64]) -> None:
-    """Orthonormal Walsh-Hadamard transform of each row, in place; it is its own inverse.
+def _rotate(blocks: _Numbers) -> None:
+    """Orthonormal Walsh-Hadamard transform of each row, in place; it is its own inverse."""
+    _transform(blocks)
+    blocks *= blocks.dtype.type(1.0 / math.sqrt(blocks.shape[1]))
+
+
+def _transform(blocks: _Numbers) -> None:
+    """The same, of square root of length times the norm: whole numbers stay whole.
 
     Additions in a fixed order, so that every machine rounds alike.
     """
     rows = max(_VALUES_PER_PASS // blocks.shape[1], 1)
     for start in range(0, blocks.shape[0], rows):
         _butterflies(blocks[start : start + rows])
-    blocks *= blocks.dtype.type(1.0 / math.sqrt(blocks.shape[1]))
 
 
-def _butterflies(rows: NDArray[np.float32] | NDArray[np.float64]) -> None:
+def _butterflies(rows: _Numbers) -> None:
     """Unnormalised transform of each row, as rows and columns of a square.
 
     Transposing in between keeps every addition on long contiguous runs.
@@ -379,7 +384,7 @@ def _butterflies(rows: NDArray[np.float32] | NDArray[np.float64]) -> None:
     square[...] = turned.transpose(0, 2, 1)
 
 
-def _butterflies_down(squares: NDArray[np.float32] | NDArray[np.float64]) -> None:
+def _butterflies_down(squares: _Numbers) -> None:
     """Butterflies over the middle axis, in place."""
     count, height, width = squares.shape
     half = 1
@@ -473,12 +478,17 @@ def dequantize_update(
         are compressed; and the sum of what travels along: the weights w_i, or the clip bits, plus
         or minus one each; nan if nothing does.
     """
-    steps = total.astype(np.float64)
-    steps *= segment.step
-    _flip_signs(steps, rotation, segment, "rotated")
+    # Whole numbers of four bytes, where they are enough: exact, and half as much to move.
+    longest = max(length for _, length in segment.rotations)
+    reach = longest * max(int(total.max(initial=0)), -int(total.min(initial=0)))
+    turned: _Numbers = total.astype(np.int32) if reach < 1 << 31 else total.astype(np.float64)
+    _flip_signs(turned, rotation, segment, "rotated")
+    for blocks in _blocks(segment, turned):
+        _transform(blocks)
+    _flip_signs(turned, rotation, segment, "rotation")
+    steps = turned.astype(np.float64)
     for blocks in _blocks(segment, steps):
-        _rotate(blocks)
-    _flip_signs(steps, rotation, segment, "rotation")
+        blocks *= segment.step / math.sqrt(blocks.shape[1])
     companion = math.nan
     if segment.companion:
         companion = float(steps[_companions(segment)].mean()) / _companion_coordinate(segment)

@@ -63,6 +63,28 @@ def there_and_back(
 # --- rotation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("parameters", [1, 5, 300, 5000])
+@pytest.mark.parametrize("largest", [1, 1 << 18, 1 << 19, 1 << 31, 1 << 40])
+def test_a_sum_of_any_size_is_turned_back_as_the_hadamard_matrix_turns_it(
+    parameters: int, largest: int
+) -> None:
+    segment = vector_segment(parameters)
+    total = np.random.default_rng(1).integers(-largest, largest, segment.values, endpoint=True)
+    total[0] = -largest
+    ((count, length),) = segment.rotations
+    first, second = (
+        signs(Stream.derive(label, ROTATION, segment.name), segment.values)
+        for label in ("rotated", "rotation")
+    )
+    turned = (total * first).reshape(count, length) @ hadamard(length, dtype=np.int64)
+    expected = (turned.reshape(-1) * second)[quantizer.value_places(segment)]
+    tensors, _ = dequantize_update(segment, total, rotation=ROTATION)
+    scale = segment.step / math.sqrt(length)
+    np.testing.assert_allclose(
+        tensors["vector"], expected * scale, rtol=1e-12, atol=1e-12 * largest * scale
+    )
+
+
 @pytest.mark.parametrize("length", [1, 2, 8, 256])
 def test_the_rotation_is_the_orthonormal_hadamard_matrix(length: int) -> None:
     rows = np.eye(length)
