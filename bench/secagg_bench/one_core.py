@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-__all__ = ["in_child", "machine", "pin", "timed"]
+__all__ = ["hardware", "in_child", "machine", "pin", "timed"]
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -51,3 +54,15 @@ def machine() -> dict[str, str]:
         "numpy": version("numpy"),
         "tenseal": version("tenseal"),
     }
+
+
+def hardware() -> str:
+    """System, processor, cores and memory, as far as the system tells; no name of a host."""
+    facts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores"]
+    with contextlib.suppress(OSError):
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        facts[1:1] = re.findall(r"^model name\s*:\s*(.+)$", known, re.MULTILINE)[:1]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        facts.append(f"{memory / 2**30:.0f} GiB")
+    return ", ".join(facts)

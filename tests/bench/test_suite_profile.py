@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import pytest
 
+from secagg_bench.one_core import hardware
 from secagg_bench.suite.profile import PARTS, measured, split, table
 
 CALLS = [
@@ -36,3 +40,11 @@ def test_every_part_is_found_in_a_round_and_none_overlaps_another() -> None:
     text = table(found)
     assert all(part in text for parts in PARTS.values() for part in parts)
     assert "3,000 parameters" in text
+
+
+def test_the_hardware_is_named_and_no_host() -> None:
+    text = hardware()
+    assert f"{os.cpu_count()} cores" in text
+    assert platform.node() not in text
+    assert 1 <= len(text) <= 200
+    assert "\n" not in text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,11 +60,12 @@ def run(
 
 
 def _measured(scenario: Scenario | Rounds, environments: Path) -> Iterator[Row]:
+    from secagg_bench.one_core import hardware
     from secagg_bench.suite import rounds, steps
 
     if scenario.kind == "rounds":
-        return rounds.measured(scenario, _machine(), _say)
-    return steps.measured(scenario, _machine(), _say, folder=environments)
+        return rounds.measured(scenario, hardware(), _say)
+    return steps.measured(scenario, hardware(), _say, folder=environments)
 
 
 def _chosen(known: Mapping[str, Scenario | Rounds], only: Sequence[str]) -> list[Scenario | Rounds]:
@@ -75,7 +74,3 @@ def _chosen(known: Mapping[str, Scenario | Rounds], only: Sequence[str]) -> list
             f"expected scenarios among {', '.join(known)}; got {', '.join(sorted(unknown))}"
         )
     return [each for name, each in known.items() if not only or name in only]
-
-
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import cProfile
 import json
-import os
-import platform
 import pstats
 import sys
 import time
@@ -28,7 +26,7 @@ from secagg.keyholder import KeyHolder
 from secagg.planner import plan_tensors
 from secagg.receipts import SigningKey
 from secagg.wire.codec import upload_from_bytes, upload_to_bytes
-from secagg_bench.one_core import in_child, pin
+from secagg_bench.one_core import hardware, in_child, pin
 
 __all__ = ["PARTS", "measured", "split", "table"]
 
@@ -82,7 +80,7 @@ def measured(parameters: int = 1_000_000, repetitions: int = _REPETITIONS) -> di
             for party, profile in profiles.items():
                 found[party].append(split(_calls(profile), PARTS[party]))
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": hardware(),
         "parameters": parameters,
         "repetitions": repetitions,
         "seconds": {
