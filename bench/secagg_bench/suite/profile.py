@@ -98,10 +98,13 @@ def _round(parameters: int, seed: int) -> dict[str, cProfile.Profile]:
     update = {"w": (drawn.normal(size=parameters) / parameters**0.5).astype(np.float32)}
     encryptors = [Encryptor(holder.context, SigningKey.generate()) for _ in range(_CLIENTS)]
     sent = [upload_to_bytes(each.encrypt(update)) for each in encryptors[1:]]
-    profiles = {}
 
     def client() -> None:
         sent.append(upload_to_bytes(encryptors[0].encrypt(update)))
+
+    def added_before() -> None:  # the first one pays for fresh memory
+        for each in sent[:-1]:
+            server.add(upload_from_bytes(each, plan))
 
     def add() -> None:
         server.add(upload_from_bytes(sent[-1], plan))
@@ -109,11 +112,10 @@ def _round(parameters: int, seed: int) -> dict[str, cProfile.Profile]:
     def release() -> None:
         holder.release(server.aggregate()).mean()
 
-    for each in sent:
-        server.add(upload_from_bytes(each, plan))
-    for party, work in zip(PARTS, (client, add, release), strict=True):
-        profiles[party] = _profiled(work)
-    return profiles
+    profiles = [_profiled(client)]
+    added_before()
+    profiles += [_profiled(add), _profiled(release)]
+    return dict(zip(PARTS, profiles, strict=True))
 
 
 def _profiled(work: Callable[[], object]) -> cProfile.Profile:
