@@ -54,7 +54,7 @@ proto-check: $(STAMP) ## Lint proto/ and check that the committed code is what i
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=build/proto $(filter %_service.proto,$(PROTOS))
 	diff -r -x __init__.py -x __pycache__ build/proto/secagg/wire/v1 secagg/wire/v1
 
-bench: $(STAMP) ## Measure everything beside the alternatives, into pages and figures (an hour; slow lines need root)
+bench: $(STAMP) ## Measure everything beside the alternatives, into pages and figures (40 minutes; slow lines need root)
 	$(BIN)/secagg-bench run
 	$(BIN)/python -m secagg_bench.check_cost --output bench/results/check_cost.json
 	$(BIN)/python -m secagg_bench.suite.figures

@@ -253,6 +253,7 @@ def summary_table(sizes: Sequence[Row], masks: Sequence[Row]) -> str:
     for system, part in (
         *((each, million) for each in (OURS, _NVFLARE, _TENSEAL, _PLAIN)),
         (_SECAGGPLUS, others),
+        (f"{_SECAGGPLUS}, 3 shares", others),
     ):
         cells = [f"**{system}**" if system == OURS else system]
         for metric in metrics:
