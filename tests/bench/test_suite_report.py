@@ -22,6 +22,7 @@ from secagg_bench.suite.report import (
     summary_table,
     table,
     targets_table,
+    time,
 )
 from secagg_bench.suite.rows import UNITS, Metric, Row, write
 from secagg_bench.suite.scenarios import scenarios
@@ -346,3 +347,19 @@ def test_parts_of_whole_rounds_are_shown_by_client() -> None:
         heights = [bar.get_height() for bar in axes.patches]  # type: ignore[attr-defined]
         assert heights == pytest.approx([1.1, 1.01] * parts)
         assert axes.patches[-2].get_y() == pytest.approx(1.1 * (parts - 1))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0996, "100 ms"),
+        (0.0994, "99 ms"),
+        (0.9996, "1,000 ms"),
+        (1.0, "1 s"),
+        (0.00063, "0.63 ms"),
+        (142.3, "142 s"),
+        (float("nan"), "–"),
+    ],
+)
+def test_times_are_written_out(seconds: float, text: str) -> None:
+    assert time(seconds) == text

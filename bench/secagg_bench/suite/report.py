@@ -311,7 +311,7 @@ def time(seconds: float) -> str:
 def figures(value: float, digits: int = 2) -> str:
     """So many figures, in full."""
     rounded = f"{value:.{digits}g}"
-    return f"{float(rounded):,.0f}" if value >= 100 else rounded
+    return f"{float(rounded):,.0f}" if float(rounded) >= 100 else rounded
 
 
 def power_text(power: float) -> str:
