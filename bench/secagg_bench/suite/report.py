@@ -28,7 +28,9 @@ __all__ = [
     "growth_table",
     "limit_table",
     "markdown",
+    "megabytes",
     "power_text",
+    "source",
     "summary_table",
     "table",
     "targets_table",
@@ -84,7 +86,7 @@ def table(rows: Sequence[Row], to: str = OURS, systems: Iterable[str] = ()) -> s
                 took = time(middle(group, metric, system))
                 cells.append(f"{took}{_times(group, metric, system, to)}")
             if memory:
-                cells.append(_megabytes(middle(group, Metric.MEMORY, system)))
+                cells.append(megabytes(middle(group, Metric.MEMORY, system)))
             error = middle(group, Metric.ERROR, system)
             lines.append([*cells, "–" if math.isnan(error) else f"{error:.0e}"])
     heads += [_MEMORY] * memory + ["error"]
@@ -125,7 +127,7 @@ def limit_table(rows: Sequence[Row]) -> str:
         f"bytes a parameter. The median of the repetitions' ratios. {''.join(versions)}"
     )
     heads = ["parameters", "clients", *(name for name, _, _ in asked)]
-    return markdown(heads, lines, f"{note}{_source(rows)}")
+    return markdown(heads, lines, f"{note}{source(rows)}")
 
 
 def growth_table(rows: Sequence[Row], by: Axis = "parameters") -> str:
@@ -323,7 +325,8 @@ def _shown(value: float, metric: Metric, parameters: int, unit: str = "") -> str
     return f"{value / parameters:.3g}{unit}" if metric is Metric.UPLOAD else time(value)
 
 
-def _megabytes(size: float) -> str:
+def megabytes(size: float) -> str:
+    """Of a million bytes, without decimals; a dash for what is not known."""
     return "–" if math.isnan(size) else f"{size / 1e6:,.0f} MB"
 
 
@@ -347,11 +350,12 @@ def _note(rows: Sequence[Row], to: str) -> str:
     return (
         f"Seconds of processor time on one core, medians of {repetitions} interleaved "
         f"repetition{'s' if repetitions > 1 else ''}; in brackets the median of the repetitions' "
-        f"ratios to {to}. {'; '.join(versions)}. {_source(rows)}"
+        f"ratios to {to}. {'; '.join(versions)}. {source(rows)}"
     )
 
 
-def _source(rows: Sequence[Row]) -> str:
+def source(rows: Sequence[Row]) -> str:
+    """Machines, and where the rows are; the first word of a sentence or two."""
     machines = ", ".join(dict.fromkeys(row.machine for row in rows))
     names = list(dict.fromkeys(row.scenario for row in rows))
     files = ", ".join(f"[{_SUITE}/{name}.csv](../{_SUITE}/{name}.csv)" for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secagg_bench.suite.medians import groups, middle, systems_of
-from secagg_bench.suite.report import figures, markdown, time
+from secagg_bench.suite.report import figures, markdown, megabytes, source, time
 from secagg_bench.suite.rows import Metric, Row
 
 __all__ = ["lines_table", "rounds_table"]
@@ -43,7 +43,7 @@ def rounds_table(rows: Sequence[Row]) -> str:
             cells.append(time(middle(group, Metric.ROUND, system)))
             cells += [time(middle(group, each, system) / clients) for each in _OF_CLIENTS]
             cells += [time(middle(group, each, system)) for each in _ONCE]
-            cells += [f"{middle(group, each, system) / 1e6:,.0f} MB" for each in _MEMORY]
+            cells += [megabytes(middle(group, each, system)) for each in _MEMORY]
             lines.append(cells)
     heads = ["parameters", "clients", "system", "whole round"]
     heads += [*_OF_CLIENTS.values(), *_ONCE.values(), *_MEMORY.values()]
@@ -51,7 +51,7 @@ def rounds_table(rows: Sequence[Row]) -> str:
         "Wall time, but for what is called processor time. Clients, server and key holder share "
         "the machine, clients at low priority, one at a time in each of their processes: what they "
         "wait for one another is in the wall times. An upload is of "
-        f"{_sizes(rows)}. Every sum is exactly that of the clients' integers. {_source(rows)}"
+        f"{_sizes(rows)}. Every sum is exactly that of the clients' integers. {_measured(rows)}"
     )
     return markdown(heads, lines, note, texts=(2,))
 
@@ -85,7 +85,7 @@ def lines_table(rows: Sequence[Row]) -> str:
         "line's rate in both directions, and its round trip. A client fetches a model of "
         f"{models} parameters and uploads {_sizes(rows)}. The least that a line allows: their "
         "bytes at its rate, without any header, and five round trips, for TCP, TLS, the round, the "
-        f"model and the last word. {_source(rows)}"
+        f"model and the last word. {_measured(rows)}"
     )
     return markdown(heads, lines, note)
 
@@ -95,11 +95,5 @@ def _sizes(rows: Sequence[Row]) -> str:
     return " or ".join(dict.fromkeys(f"{size / 1e6:.3g} MB" for size in found))
 
 
-def _source(rows: Sequence[Row]) -> str:
-    versions = "; ".join(dict.fromkeys(row.version for row in rows))
-    machines = ", ".join(dict.fromkeys(row.machine for row in rows))
-    names = list(dict.fromkeys(row.scenario for row in rows))
-    files = ", ".join(
-        f"[bench/results/suite/{name}.csv](../bench/results/suite/{name}.csv)" for name in names
-    )
-    return f"{versions}. {machines}. From {files}, written by `secagg-bench run {' '.join(names)}`."
+def _measured(rows: Sequence[Row]) -> str:
+    return f"{'; '.join(dict.fromkeys(row.version for row in rows))}. {source(rows)}"
