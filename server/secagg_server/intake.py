@@ -199,6 +199,8 @@ class Intake:
                 return
             current = self._require_receiving(context, client, upload_digest)
             if missing := self._missing(current, upload_digest):
+                # If it was withdrawn a moment ago, that is why, and nothing is to be sent again.
+                self._require_receiving(context, client, upload_digest)
                 raise MalformedError(f"expected all chunks; {len(missing)} are missing; send them")
             try:
                 found = self._sha256(current, upload_digest)

@@ -35,6 +35,7 @@ __all__ = ["Change", "Database", "HasDatabase", "noted", "reading", "writing"]
 ATTEMPTS = 6
 LOCK_WAIT_MS = 2000
 CONNECT_TIMEOUT_S = 5
+_LOOK_AGAIN_S = 0.01
 _DRIVERS = {
     "sqlite": "sqlite",
     "sqlite+pysqlite": "sqlite",
@@ -222,14 +223,29 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # The driver's own BEGIN is deferred, and would not wrap changes of the schema.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in (
-        f"busy_timeout={LOCK_WAIT_MS}",
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-    ):
+    cursor.execute(f"PRAGMA busy_timeout={LOCK_WAIT_MS}")
+    _write_ahead(cursor)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _write_ahead(cursor: sqlite3.Cursor) -> None:
+    """Let readers and a writer work at once; the file remembers it.
+
+    SQLite refuses this at once, without its wait for locks, while somebody else writes to a file
+    that is not so yet: another process that starts on an empty one.
+    """
+    give_up_at = time.monotonic() + LOCK_WAIT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode not in _LOCKED or time.monotonic() >= give_up_at:
+                raise
+            time.sleep(_LOOK_AGAIN_S)
+        else:
+            return
 
 
 def _begin_sqlite(connection: Connection) -> None:

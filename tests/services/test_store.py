@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -1350,6 +1351,37 @@ store = Store(sys.argv[1])
 for number in range(25):
     store.record("written", writer=sys.argv[2], number=number)
 """
+
+
+def test_an_empty_file_that_another_process_writes_to_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite does not wait by itself where its mode is to change."""
+    file, looks = tmp_path / "store.sqlite3", 0
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def slept(_seconds: float) -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                other.execute("COMMIT")
+
+        monkeypatch.setattr(transactions.time, "sleep", slept)
+        with closing(Store(f"sqlite:///{file}")) as store:
+            assert looks == 3
+            store.record("written")
+
+
+def test_an_empty_file_that_another_process_never_lets_go_of_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "store.sqlite3"
+    monkeypatch.setattr(transactions, "LOCK_WAIT_MS", 0)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ConfigurationError, match="expected a database that answers"):
+            Store(f"sqlite:///{file}")
 
 
 def test_processes_that_start_on_an_empty_database_write_one_chain(empty_url: str) -> None:

@@ -327,6 +327,23 @@ def test_a_withdrawal_amid_the_commit_wins(desk: Desk, monkeypatch: pytest.Monke
     assert (desk.accepted(), state_of(desk, 0)) == (0, UploadState.REJECTED)
 
 
+def test_a_withdrawal_before_the_commit_looks_for_chunks_asks_for_none(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = upload_of(desk, 0)
+    send_chunk(desk, upload)
+    real = desk.intake._missing
+
+    def withdrawn_first(*arguments: object) -> list[int]:
+        withdraw(desk, upload)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(desk.intake, "_missing", withdrawn_first)
+    with pytest.raises(ClosedError):
+        desk.commit(upload)
+    assert (desk.accepted(), state_of(desk, 0)) == (0, UploadState.REJECTED)
+
+
 def test_commits_and_withdrawals_at_once_leave_each_upload_in_one_state(tmp_path: Path) -> None:
     """An upload is either withdrawn or accepted; a cohort that was complete once stays so."""
     desk = desk_for(cohort.mixed_plan(max_clients=5, min_clients=3), tmp_path)
