@@ -11,6 +11,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -236,12 +237,12 @@ def _write_ahead(cursor: sqlite3.Cursor) -> None:
     SQLite refuses this at once, without its wait for locks, while somebody else writes to a file
     that is not so yet: another process that starts on an empty one.
     """
-    give_up_at = time.monotonic() + LOCK_WAIT_MS / 1000
+    give_up_at = monotonic() + LOCK_WAIT_MS / 1000
     while True:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode not in _LOCKED or time.monotonic() >= give_up_at:
+            if error.sqlite_errorcode not in _LOCKED or monotonic() >= give_up_at:
                 raise
             time.sleep(_LOOK_AGAIN_S)
         else:
