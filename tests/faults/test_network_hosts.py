@@ -330,3 +330,15 @@ def every_namespace() -> Iterator[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield namespace(process.name)
+
+
+@needs_hosts
+def test_a_program_whose_owner_ended_before_it_began_does_not_begin(hosts: Hosts) -> None:
+    # An orphan has another parent, and nothing to kill it. A shell stands in for that parent here.
+    command = [*hosts["here"].within, "echo", "begun"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    orphan = subprocess.run(
+        ["sh", "-c", '"$@"; exit $?', "", *command], capture_output=True, text=True
+    )
+    assert (child.stdout, orphan.stdout) == ("begun\n", "")
+    assert orphan.returncode

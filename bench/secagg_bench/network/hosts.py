@@ -30,9 +30,11 @@ _NEWNET = 0x40000000
 _TUNSETIFF, _TUN, _NO_PI = 0x400454CA, 0x0001, 0x1000
 _TUN_DEVICE = Path("/dev/net/tun")
 _NETWORK = "10.77"
-_PROGRAMS = ("ip", "nsenter", "setpriv")
+_PROGRAMS = ("ip", "nsenter", "setpriv", "sh")
 _CHUNK_BYTES = 65_536
 _JOIN_S = 5.0
+# Nothing kills a program whose owner ended before the kernel was asked to: it sees so itself.
+_OF_ITS_OWNER = '[ "$PPID" = "$0" ] && exec "$@"'
 _T = TypeVar("_T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -126,9 +128,13 @@ class Host:
 
     @property
     def within(self) -> tuple[str, ...]:
-        """In front of a command, what runs it on this host; for a thread that outlives it."""
-        path = f"/proc/{os.getpid()}/fd/{self._namespace}"
-        return ("nsenter", f"--net={path}", "setpriv", "--pdeathsig", "KILL")
+        """In front of a command, what runs it on this host, as a child of this process.
+
+        For a thread that outlives it: the command is killed when its parent ends.
+        """
+        owner = os.getpid()
+        enter = ("nsenter", f"--net=/proc/{owner}/fd/{self._namespace}")
+        return (*enter, "setpriv", "--pdeathsig", "KILL", "sh", "-c", _OF_ITS_OWNER, f"{owner}")
 
     def run(
         self,
