@@ -264,7 +264,7 @@ def test_a_gauge_that_cannot_be_read_is_left_out_and_the_others_are_not(
 @pytest.fixture
 def held(meter: Meter, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[threading.Event]]:
     """A gauge that waits: for each of its readings, what lets it go on."""
-    monkeypatch.setattr(instruments, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(instruments, "PATIENCE_S", 0.25)
     begun: list[threading.Event] = []
 
     def wait() -> float:

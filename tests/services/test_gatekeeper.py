@@ -42,7 +42,7 @@ from secagg.wire.v1 import aggregation_service_pb2 as pb
 # What gRPC generates has no types.
 Stub = Any
 
-CUT_S = 0.5
+CUT_S = 1.0
 """A deadline that a message makes, on a busy machine too, and a handler that hangs does not."""
 
 

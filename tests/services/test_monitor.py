@@ -357,6 +357,7 @@ def test_who_does_not_listen_is_cut(thread: LoopThread, monkeypatch: pytest.Monk
             connection.sendall(b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n")
             thread.run(soon(lambda: serving_tasks(thread) == 1))
             thread.run(soon(lambda: serving_tasks(thread) == 0))
+        monkeypatch.undo()
         assert get(address).status == 200
 
 

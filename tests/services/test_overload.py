@@ -175,6 +175,7 @@ def test_a_message_that_does_not_come_ends_with_the_calls_own_deadline(
         # The caller sets no deadline of its own.
         error = left_lying(channel, method, timeout=None, metadata=sent)
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        monkeypatch.undo()
         stub = aggregation.AggregationServiceStub(channel)
         stub.PutChunk(pb.PutChunkRequest(), timeout=TIMEOUT_S, metadata=metadata())
 
