@@ -115,7 +115,7 @@ def tampered(silos: int, output: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", program, str(output), str(silos)],
         env=os.environ | {"PYTHONPATH": str(SUPPORT)},
-        timeout=110,
+        timeout=300,
         check=False,
         capture_output=True,
         text=True,

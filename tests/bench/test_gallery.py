@@ -176,17 +176,18 @@ def test_single_users_are_compared_from_the_second_round_on() -> None:
 # --- results --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+@pytest.fixture
+def committed() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_results_survive_json_and_are_complete() -> None:
     said: list[str] = []
     sizes = Sizes(TOY, trials=2, attempts=1, single_users=4, tighter=(0.1,), only=ONLY)
     found = run_gallery(sizes, "marketplace", None, said.append, processes=1)
     assert said[-1].startswith(f"[{len(said)}/{len(said)}, ")
-    return found
-
-
-def test_the_results_survive_json_and_are_complete(results: dict[str, Any]) -> None:
-    again = json.loads(json.dumps(results))
+    again = json.loads(json.dumps(found))
     validate(again)
     assert [row["name"] for row in again["malformed"]] == ["a residue of q"]
     assert again["taste"]["bit_identical"]
@@ -198,7 +199,7 @@ def test_the_results_survive_json_and_are_complete(results: dict[str, Any]) -> N
     assert scaled["runs"]["norm"]["attacker_refusals"] == 3 * TOY.rounds
 
 
-def test_results_that_do_not_add_up_are_refused(results: dict[str, Any]) -> None:
+def test_results_that_do_not_add_up_are_refused(committed: dict[str, Any]) -> None:
     spoils: list[Callable[[dict[str, Any]], object]] = [
         lambda it: it.pop("taste"),
         lambda it: it["attacks"].pop(),
@@ -210,25 +211,24 @@ def test_results_that_do_not_add_up_are_refused(results: dict[str, Any]) -> None
         lambda it: it["malformed"].pop(),
     ]
     for spoil in spoils:
-        spoiled = copy.deepcopy(results)
+        spoiled = copy.deepcopy(committed)
         spoil(spoiled)
         with pytest.raises(ValueError, match="expected"):
             validate(spoiled)
 
 
-def test_tables_and_figure_name_every_attack(results: dict[str, Any], tmp_path: Path) -> None:
-    text = markdown(results)
-    for name in ONLY:
-        assert f"| {name} |" in text
+def test_tables_and_figure_name_every_attack(committed: dict[str, Any], tmp_path: Path) -> None:
+    text = markdown(committed)
+    for each in (*ATTACKS, *WEIGHT_ATTACKS, *CASES):
+        assert f"| {each.name} |" in text
     for name in ("first.svg", "second.svg"):
-        save_figure(results, tmp_path / name)
+        save_figure(committed, tmp_path / name)
     first, second = ((tmp_path / name).read_bytes() for name in ("first.svg", "second.svg"))
     assert first == second
     assert b"<svg" in first
 
 
-def test_the_committed_results_are_complete() -> None:
-    committed = json.loads(RESULTS.read_text(encoding="utf-8"))
+def test_the_committed_results_are_complete(committed: dict[str, Any]) -> None:
     validate(committed)
     assert committed["sizes"]["only"] == []
     assert committed["taste"]["bit_identical"]
