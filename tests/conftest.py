@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,13 @@ hypothesis.settings.load_profile("shared machine")
 
 # Tables are as wide as the first module to print found the terminal: the same for all tests.
 os.environ["COLUMNS"] = "200"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected, a million objects, out of every later collection."""
+    gc.collect()
+    gc.freeze()
+
 
 DATA_DIR = os.environ.get("SECAGG_DATA_DIR")
 REQUIRE_DATA = os.environ.get("SECAGG_REQUIRE_DATA") == "1"
