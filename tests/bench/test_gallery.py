@@ -182,7 +182,7 @@ def committed() -> dict[str, Any]:
     return found
 
 
-def test_the_results_survive_json_and_are_complete() -> None:
+def test_what_a_run_finds_is_complete_survives_json_and_can_be_shown(tmp_path: Path) -> None:
     said: list[str] = []
     sizes = Sizes(TOY, trials=2, attempts=1, single_users=4, tighter=(0.1,), only=ONLY)
     found = run_gallery(sizes, "marketplace", None, said.append, processes=1)
@@ -197,6 +197,9 @@ def test_the_results_survive_json_and_are_complete() -> None:
     assert clips == [0.5, 0.5]
     scaled = next(row for row in again["attacks"] if row["attackers"] == 3)
     assert scaled["runs"]["norm"]["attacker_refusals"] == 3 * TOY.rounds
+    text = markdown(again)
+    assert all(f"| {name} |" in text for name in ONLY)
+    save_figure(again, tmp_path / "figure.svg")
 
 
 def test_results_that_do_not_add_up_are_refused(committed: dict[str, Any]) -> None:
